@@ -1,0 +1,1 @@
+"""The decide tower: which tokens run in the next step. No torch."""
