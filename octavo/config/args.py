@@ -6,17 +6,10 @@ option exists in one place and an unknown one is refused in one place.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
-from octavo.errors import ConfigError
-
-
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field that carries its command-line help."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+from octavo.config.options import from_options, option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,41 +59,5 @@ class EngineArgs:
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineArgs:
-        """Build from keyword options.
-
-        Raises:
-            ConfigError: an unknown option (with the nearest known name) or one of the wrong type.
-        """
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(
-                    f"Unknown option {name!r}.{hint} Known options: {', '.join(sorted(known))}."
-                )
-        args = cls(**options)
-        for name in options:
-            _check_type(known[name], getattr(args, name))
-        return args
-
-
-_TYPES = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "bool": (bool,),
-    "None": (type(None),),
-}
-
-
-def _check_type(field: dataclasses.Field[Any], value: Any) -> None:
-    names = [part.strip() for part in str(field.type).split("|")]
-    allowed = tuple(t for name in names for t in _TYPES[name])
-    if not isinstance(value, allowed) or (isinstance(value, bool) and "bool" not in names):
-        raise ConfigError(f"Option {field.name!r} takes {field.type}, not {value!r}.")
-    choices = field.metadata["choices"]
-    if choices and value not in choices:
-        raise ConfigError(
-            f"Option {field.name!r} must be one of {', '.join(choices)}, not {value!r}."
-        )
+        """Build from keyword options. Raises ConfigError for one that is unknown or malformed."""
+        return from_options(cls, options)

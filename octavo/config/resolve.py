@@ -61,8 +61,9 @@ def resolve(args: EngineArgs, checkpoint: CheckpointFacts, device: DeviceInfo) -
     max_tokens = _positive("max_num_batched_tokens", max_tokens)
     if max_tokens < max_num_seqs:
         raise ConfigError(
-            f"max_num_batched_tokens ({max_tokens}) must be at least max_num_seqs ({max_num_seqs}): "
-            "every running sequence needs a token of each step. Raise the one or lower the other."
+            f"max_num_batched_tokens ({max_tokens}) must be at least max_num_seqs "
+            f"({max_num_seqs}): every running sequence needs a token of each step. "
+            "Raise the one or lower the other."
         )
     if args.block_size not in _BLOCK_SIZES:
         raise ConfigError(f"block_size must be one of {_BLOCK_SIZES}, not {args.block_size}.")

@@ -1,8 +1,8 @@
 """A runner without a device: a paged cache of token ids, checked at every access.
 
-It keeps real rows, real block tables and a real (tiny) cache, and derives each sampled token from the whole context as
-it reads it back *through the block table*. If scheduler or cache ever mixed up blocks, a request's stream would differ
-from `expected_tokens`, which needs neither.
+It keeps real rows, real block tables and a real (tiny) cache, and derives each sampled token from
+the whole context as it reads it back *through the block table*. If scheduler or cache ever mixed up
+blocks, a request's stream would differ from `expected_tokens`, which needs neither.
 """
 
 from __future__ import annotations

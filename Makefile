@@ -1,0 +1,43 @@
+# `make serve` and `make test` are all that a newcomer needs; both make .venv on first use.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: serve test test-unit check format clean
+
+serve: $(VENV)/.serve
+	$(BIN)/octavo serve $(ARGS)
+
+# Everything, the slow tests too. `make test ARGS="-k scheduler"` runs a part.
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+# Seconds to a few minutes: no model weights, no real servers.
+test-unit: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/unit -m "not slow" $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/unit/architecture
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# torch first and pinned: a range would fetch another build of it.
+$(VENV)/.serve: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) -e ".[server]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.serve
+	$(PIP) -e ".[dev]"
+	touch $@

@@ -1,0 +1,69 @@
+"""`ServerConfig`: where the HTTP server listens and what it lets in."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from octavo import env
+from octavo.config.options import from_options, option
+from octavo.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 for every interface")
+    port: int = option(8000, "TCP port; 0 takes a free one and logs it")
+    api_key: str | None = option(
+        None, "clients must send it as `Authorization: Bearer KEY`", repr=False
+    )
+    served_model_name: str | None = option(
+        None, "name(s) that clients use, separated by commas (default: the model as given)"
+    )
+    generation_config: str = option(
+        "auto",
+        "sampling defaults: auto takes the model's generation_config.json, vllm neutral ones",
+        ("auto", "vllm"),
+    )
+    max_body_bytes: int = option(8 * 2**20, "largest request body")
+    max_header_bytes: int = option(64 * 2**10, "most bytes of request line and headers together")
+    max_prompts: int = option(128, "most prompts in one completions request")
+    max_sequences: int = option(512, "most sequences (prompts times n) in one request")
+    max_messages: int = option(4096, "most messages in one chat request")
+    read_timeout_s: float = option(60.0, "time a client has to send its headers, and its body")
+    keep_alive_s: float = option(30.0, "how long an idle connection stays open")
+    shutdown_timeout_s: float = option(30.0, "time that running requests have after SIGTERM")
+    stall_timeout_s: float = option(
+        120.0, "/health fails when the engine finished no step for so long"
+    )
+    num_text_threads: int = option(2, "threads that tokenise and render long prompts")
+    access_log: bool = option(False, "log every request")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be between 0 and 65535, not {self.port}.")
+        for field in dataclasses.fields(self):
+            if field.name.startswith(("max_", "num_")) and getattr(self, field.name) < 1:
+                raise ConfigError(f"{field.name} must be at least 1.")
+            if field.name.endswith("_s") and not 0 <= getattr(self, field.name) < 1e9:
+                raise ConfigError(f"{field.name} must be a number of seconds, 0 or more.")
+        if self.api_key is not None and not (self.api_key and self.api_key.isascii()):
+            raise ConfigError("api_key must be a non-empty ASCII string.")
+        if self.served_model_name is not None and not self.served_names(""):
+            raise ConfigError("served_model_name must hold at least one name.")
+
+    @classmethod
+    def from_options(cls, **options: Any) -> ServerConfig:
+        """Build from keyword options; an absent api_key comes from OCTAVO_API_KEY.
+
+        Raises ConfigError for an option that is unknown or malformed.
+        """
+        if options.get("api_key") is None:
+            options["api_key"] = env.get("OCTAVO_API_KEY") or None
+        return from_options(cls, options)
+
+    def served_names(self, model: str) -> tuple[str, ...]:
+        """The names under which `model` is served; the first is the one that answers carry."""
+        names = (self.served_model_name or model).split(",")
+        return tuple(name.strip() for name in names if name.strip())

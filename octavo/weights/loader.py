@@ -1,0 +1,141 @@
+"""Fill a model from its checkpoint: each expected tensor exactly once, or an error with names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from octavo.config.sections import ModelConfig
+from octavo.errors import WeightsError
+from octavo.weights.dummy import fill_dummy
+from octavo.weights.gguf import iter_gguf
+from octavo.weights.safetensors import iter_safetensors
+from octavo.weights.slots import WeightSlot
+
+_MAX_NAMED = 8  # names in an error message
+
+# Where multimodal checkpoints keep their text part, and what it is called on its own.
+_TEXT_PREFIXES = (
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+    ("lm_head.", "lm_head."),
+    ("model.layers.", "model.layers."),
+    ("model.embed_tokens.", "model.embed_tokens."),
+    ("model.norm.", "model.norm."),
+)
+
+
+@runtime_checkable
+class LoadableModel(Protocol):
+    """What the loader asks of a model."""
+
+    ignored_weights: Sequence[str]  # regular expressions of checkpoint names to skip
+
+    def weight_slots(self) -> dict[str, WeightSlot]: ...
+
+
+def load_weights(model: nn.Module, config: ModelConfig, progress: bool = True) -> None:
+    """Fill `model` in place.
+
+    Raises:
+        WeightsError: the checkpoint does not fit the model; see `feed`.
+        CheckpointError: a file cannot be read.
+    """
+    if config.load_format == "dummy":
+        fill_dummy(model, config.seed)
+        return
+    if not isinstance(model, LoadableModel):
+        raise TypeError(f"{type(model).__name__} has no weight_slots() and ignored_weights")
+    if config.load_format == "gguf":
+        tensors = iter_gguf(config.path)
+    else:
+        tensors = iter_safetensors(config.weight_files)
+    if "text_part_of" in config.hf_config:
+        tensors = _text_part(tensors)
+    total_bytes = sum(path.stat().st_size for path in config.weight_files)
+    try:
+        feed(model.weight_slots(), model.ignored_weights, tensors, progress, total_bytes)
+    except WeightsError as error:
+        raise WeightsError(f"{config.path} does not fit {config.architecture}: {error}") from error
+
+
+@torch.no_grad()
+def feed(
+    slots: dict[str, WeightSlot],
+    ignored: Sequence[str],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    progress: bool = False,
+    total_bytes: int | None = None,
+) -> None:
+    """Give every slot its tensor.
+
+    Args:
+        slots: what is expected, by checkpoint name.
+        ignored: regular expressions; a name that one of them matches as a whole is skipped, unless
+            a slot asks for it.
+        tensors: what there is.
+        progress: show a bar, if it takes longer than a second.
+        total_bytes: size of all tensors, for the bar.
+
+    Raises:
+        WeightsError: tensors are unexpected, missing, doubled or of the wrong shape, with names.
+    """
+    skip = re.compile("|".join(f"(?:{pattern})" for pattern in ignored) or r"(?!)")
+    faults: dict[str, list[str]] = {kind: [] for kind in _FAULTS}
+    seen: set[str] = set()
+    with tqdm(
+        desc="loading weights",
+        total=total_bytes,
+        unit="B",
+        unit_scale=True,
+        delay=1.0,
+        leave=False,
+        disable=not progress,
+    ) as bar:
+        for name, tensor in tensors:
+            slot = slots.get(name)
+            if slot is None:
+                if not skip.fullmatch(name):
+                    faults["unexpected"].append(name)
+            elif name in seen:
+                faults["doubled"].append(name)
+            elif tuple(tensor.shape) != slot.shape:
+                shapes = f"{list(tensor.shape)}, expected {list(slot.shape)}"
+                faults["of the wrong shape"].append(f"{name} ({shapes})")
+                seen.add(name)
+            else:
+                slot.load(tensor)
+                seen.add(name)
+            bar.update(tensor.numel() * tensor.element_size())
+    faults["missing"] = [name for name in slots if name not in seen]
+    if any(faults.values()):
+        raise WeightsError(_report(faults))
+
+
+_FAULTS = ("missing", "unexpected", "doubled", "of the wrong shape")
+
+
+def _report(faults: dict[str, list[str]]) -> str:
+    parts = []
+    for kind, names in faults.items():
+        if names:
+            more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+            parts.append(f"{len(names)} {kind}: {', '.join(names[:_MAX_NAMED])}{more}")
+    return "tensors " + "; ".join(parts) + "."
+
+
+def _text_part(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The text model's tensors of a multimodal checkpoint under their plain names; the rest (vision
+    tower, projector) is left out.
+    """
+    for name, tensor in tensors:
+        for prefix, plain in _TEXT_PREFIXES:
+            if name.startswith(prefix):
+                yield plain + name.removeprefix(prefix), tensor
+                break

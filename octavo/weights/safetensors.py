@@ -1,0 +1,35 @@
+"""Tensors of .safetensors files, mapped and read one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from octavo.errors import WeightsError
+
+
+def iter_safetensors(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every (name, tensor) of all files, in their stored dtype, on the CPU.
+
+    A tensor is a view of the mapped file: use it before asking for the next.
+
+    Raises:
+        WeightsError: a file is damaged, or two files hold the same name.
+    """
+    origin: dict[str, Path] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for name in file.keys():  # noqa: SIM118  # not a dict
+                    if name in origin:
+                        raise WeightsError(
+                            f"Tensor {name!r} is in both {origin[name].name} and {path.name} of "
+                            f"{path.parent}; remove the file that does not belong there."
+                        )
+                    origin[name] = path
+                    yield name, file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{path} cannot be read: {error}. Download it again.") from error

