@@ -1,0 +1,34 @@
+"""Attention backends behind one small protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from octavo.attention.base import AttentionBackend, AttentionBatch, AttentionSpec, KVLayer
+from octavo.attention.context import ForwardContext
+from octavo.attention.torch_backend import TorchAttention
+from octavo.errors import ConfigError
+
+BACKENDS: dict[str, Callable[[], AttentionBackend]] = {TorchAttention.name: TorchAttention}
+
+__all__ = [
+    "BACKENDS",
+    "AttentionBackend",
+    "AttentionBatch",
+    "AttentionSpec",
+    "ForwardContext",
+    "KVLayer",
+    "TorchAttention",
+    "get_backend",
+]
+
+
+def get_backend(name: str) -> AttentionBackend:
+    """A new instance of the backend with this name.
+
+    Raises:
+        ConfigError: there is none; the message lists those there are.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(f"Unknown attention backend {name!r}; known: {', '.join(BACKENDS)}.")
+    return BACKENDS[name]()

@@ -1,0 +1,74 @@
+"""The protocol behind which attention implementations stand.
+
+KV cache of one layer: k and v, each [num_blocks, block_size, num_kv_heads, head_dim]. Block 0 is
+never given to a request: padding may point at it and write to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayer:
+    """One layer's paged cache."""
+
+    k: torch.Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]
+    v: torch.Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What one layer's attention computes."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    sliding_window: int | None = None  # a query at position p sees keys in (p - sliding_window, p]
+    logit_softcap: float | None = None  # scores become cap * tanh(scores / cap)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """What attention needs to know of a step; built once by the runner, read by every layer.
+
+    Sequence i owns query tokens [query_starts[i], query_starts[i+1]), which are the last of its
+    seq_lens[i] positions. The first `num_decodes` sequences have exactly one query token.
+    """
+
+    # Where each token's K/V go: block_id * block_size + offset.
+    slot_mapping: torch.Tensor  # [num_tokens] int64
+    query_starts: torch.Tensor  # [num_seqs + 1] int32
+    seq_lens: torch.Tensor  # [num_seqs] int32, this step's tokens included
+    block_tables: (
+        torch.Tensor
+    )  # [num_seqs, max_blocks] int32; entries beyond a sequence's length are 0
+    num_decodes: int
+    max_query_len: int
+    max_seq_len: int
+    query_lens: tuple[int, ...]  # the same on the host, for backends that loop
+    host_seq_lens: tuple[int, ...]
+
+
+class AttentionBackend(Protocol):
+    """One attention implementation. Stateless: everything comes in by argument."""
+
+    name: str
+
+    def forward(
+        self,
+        query: torch.Tensor,  # [num_tokens, num_heads, head_dim]
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]
+        value: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]
+        kv: KVLayer,
+        batch: AttentionBatch,
+        spec: AttentionSpec,
+    ) -> torch.Tensor:  # [num_tokens, num_heads, head_dim]
+        """Write the step's keys and values into the cache, then attend causally over each
+        sequence's context.
+        """
+        ...

@@ -1,0 +1,30 @@
+"""Qwen3 (dense): Qwen2 with a norm on each query and key head instead of biases."""
+
+from __future__ import annotations
+
+from octavo.layers.attention import SelfAttention
+from octavo.layers.mlp import GatedMLP
+from octavo.layers.norm import RMSNorm
+from octavo.models.decoder import Config, DecoderLayer, DecoderLM, read_attention_spec
+from octavo.models.qwen2 import qwen_window
+
+
+class Qwen3ForCausalLM(DecoderLM):
+    def make_layer(self, config: Config, layer_idx: int) -> DecoderLayer:
+        size, eps = config["hidden_size"], config["rms_norm_eps"]
+        config = {"head_dim": 128, **config}
+        spec = read_attention_spec(config, sliding_window=qwen_window(config, layer_idx))
+        has_bias = config.get("attention_bias", False)
+        self_attn = SelfAttention(
+            layer_idx,
+            size,
+            spec,
+            qkv_bias=has_bias,
+            out_bias=has_bias,
+            qk_norm=(RMSNorm(spec.head_dim, eps), RMSNorm(spec.head_dim, eps)),
+        )
+        mlp = GatedMLP(size, config["intermediate_size"], config["hidden_act"])
+        return DecoderLayer(config, self_attn, mlp)
+
+    def rope_config(self, config: Config) -> Config:
+        return {"head_dim": 128, **config}

@@ -1,0 +1,50 @@
+"""NVIDIA GPUs, through torch."""
+
+from __future__ import annotations
+
+import torch
+
+from octavo.config.sections import DeviceInfo, DType
+
+
+class CudaPlatform:
+    """One CUDA device."""
+
+    def __init__(self, index: int) -> None:
+        self.torch_device = torch.device("cuda", index)
+
+    @classmethod
+    def find(cls, index: int) -> CudaPlatform | None:
+        """The device with this index, or None where there is none."""
+        present = torch.cuda.is_available() and index < torch.cuda.device_count()
+        return cls(index) if present else None
+
+    def info(self) -> DeviceInfo:
+        properties = torch.cuda.get_device_properties(self.torch_device)
+        # Before Ampere there is no bfloat16 in the tensor cores.
+        dtypes: tuple[DType, ...] = (
+            ("bfloat16", "float16", "float32") if properties.major >= 8 else ("float16", "float32")
+        )
+        return DeviceInfo(
+            kind="cuda",
+            name=properties.name,
+            total_memory_bytes=properties.total_memory,
+            free_memory_bytes=self.memory_free_bytes(),
+            num_cores=torch.get_num_threads(),
+            default_dtype=dtypes[0],
+            dtypes=dtypes,
+            attention_backends=("torch",),
+            supports_graphs=True,
+        )
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+
+    def memory_used_bytes(self) -> int:
+        return torch.cuda.memory_reserved(self.torch_device)
+
+    def memory_peak_bytes(self) -> int:
+        return torch.cuda.max_memory_reserved(self.torch_device)
+
+    def memory_free_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self.torch_device)[0]

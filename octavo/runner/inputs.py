@@ -1,0 +1,81 @@
+"""From a plan to the tensors of one forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from octavo.attention.base import AttentionBatch
+from octavo.runner.rows import DeviceRows
+from octavo.sched.plan import StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """One forward pass. Tokens lie sequence after sequence, in plan order."""
+
+    token_ids: torch.Tensor  # [num_tokens] int64
+    positions: torch.Tensor  # [num_tokens] int64
+    batch: AttentionBatch
+    sample_indices: torch.Tensor  # [num_samples] int64, tokens whose hidden state is sampled from
+    sample_rows: torch.Tensor  # [num_samples] int64
+    sample_positions: torch.Tensor  # [num_samples] int64, where each sampled token will stand
+
+
+def build_inputs(plan: StepPlan, rows: DeviceRows, block_size: int) -> StepInputs:
+    """Everything the host knows goes over in one copy; the rest is gathered on the device."""
+    device = rows.block_tables.device
+    num_seqs, num_tokens, num_decodes = len(plan.rows), plan.num_tokens, plan.num_decodes
+    query_starts = np.zeros(num_seqs + 1, np.int64)
+    np.cumsum(plan.chunk_lens, out=query_starts[1:])
+    seq_index = np.repeat(np.arange(num_seqs), plan.chunk_lens)
+    positions = np.arange(num_tokens) - query_starts[seq_index] + plan.starts[seq_index]
+    seq_lens = plan.starts + plan.chunk_lens
+    pieces = (
+        plan.rows,
+        plan.rows[seq_index],
+        positions,
+        plan.token_ids,
+        query_starts[1:][plan.samples] - 1,
+        plan.rows[plan.samples],
+        seq_lens[plan.samples],
+        query_starts,
+        seq_lens,
+    )
+    packed = torch.from_numpy(np.concatenate(pieces).astype(np.int64, copy=False))
+    (
+        seq_rows,
+        token_rows,
+        device_positions,
+        host_token_ids,
+        sample_indices,
+        sample_rows,
+        sample_positions,
+        device_query_starts,
+        device_seq_lens,
+    ) = torch.split(packed.to(device, non_blocking=True), [len(piece) for piece in pieces])
+    max_seq_len = int(seq_lens.max())
+    max_blocks = -(-max_seq_len // block_size)
+    blocks = rows.block_tables[token_rows, device_positions // block_size].to(torch.int64)
+    batch = AttentionBatch(
+        slot_mapping=blocks * block_size + device_positions % block_size,
+        query_starts=device_query_starts.to(torch.int32),
+        seq_lens=device_seq_lens.to(torch.int32),
+        block_tables=rows.block_tables[seq_rows, :max_blocks],
+        num_decodes=num_decodes,
+        max_query_len=int(plan.chunk_lens.max()),
+        max_seq_len=max_seq_len,
+        query_lens=tuple(plan.chunk_lens.tolist()),
+        host_seq_lens=tuple(seq_lens.tolist()),
+    )
+    decode_ids = rows.last_token_ids[seq_rows[:num_decodes]]
+    return StepInputs(
+        token_ids=torch.cat([decode_ids, host_token_ids]),
+        positions=device_positions,
+        batch=batch,
+        sample_indices=sample_indices,
+        sample_rows=sample_rows,
+        sample_positions=sample_positions,
+    )
