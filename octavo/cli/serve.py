@@ -1,0 +1,57 @@
+"""`octavo serve`: an engine process, and an HTTP server in this one."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+
+from octavo.cli.flags import add_config_file, add_options, split_options
+from octavo.config import EngineArgs
+from octavo.config.server import ServerConfig
+from octavo.engine.client import EngineProcess
+from octavo.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        help="built-in name, hub id, folder or .gguf file (default: smollm2-135m)",
+    )
+    add_config_file(parser)
+    add_options(parser, ServerConfig)
+    add_options(parser, EngineArgs, "model")
+
+
+def run(namespace: argparse.Namespace) -> int:
+    start_s = time.monotonic()
+    engine_options, server_options = split_options(namespace, EngineArgs, ServerConfig)
+    args = EngineArgs.from_options(**engine_options)
+    config = ServerConfig.from_options(**server_options)
+    # First of all, as it imports torch while this process prepares its own side.
+    process = EngineProcess()
+    try:
+        asyncio.run(_serve(process, args, config, start_s))
+    finally:
+        process.stop()
+    return 0
+
+
+async def _serve(
+    process: EngineProcess, args: EngineArgs, config: ServerConfig, start_s: float
+) -> None:
+    try:
+        from octavo.server.launch import run_server
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"The server needs the package {error.name!r}: pip install 'octavo[server]'."
+        ) from error
+
+    def announce(name: str, url: str) -> None:
+        seconds = time.monotonic() - start_s
+        print(f"octavo: {name} is ready on {url}/v1 after {seconds:.1f} s", file=sys.stderr)
+
+    await run_server(process, args, config, announce)

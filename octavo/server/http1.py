@@ -1,0 +1,96 @@
+"""HTTP/1.1 with a bounded head, below ASGI."""
+
+from __future__ import annotations
+
+import asyncio
+import http
+from typing import Any
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from octavo.config.server import ServerConfig
+from octavo.server.errors import ApiError, ErrorBody
+from octavo.server.gate import header_too_large
+
+_LINGER_S = 1.0
+
+
+def bounded_protocol(config: ServerConfig) -> type[HttpToolsProtocol]:
+    """A protocol class with the bounds of `config`, as uvicorn wants it: it makes the instances."""
+    bounds = {
+        "max_header_bytes": config.max_header_bytes,
+        "read_timeout_s": config.read_timeout_s,
+    }
+    return type("Protocol", (BoundedProtocol,), bounds)
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 with bounds that it lacks: bytes of the head, and time to send it."""
+
+    max_header_bytes: int
+    read_timeout_s: float
+    _in_head = True
+    _head_began = False
+    _head_bytes = 0
+    _head_timer: asyncio.TimerHandle | None = None
+    _refused = False
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._start_head()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if not self._in_head:
+            self._start_head()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        self._head_began = False
+        super().data_received(data)
+        # Data in which a head began holds the end of a former request too: not counted.
+        if self._in_head and not self._head_began and not self.transport.is_closing():
+            self._head_bytes += len(data)
+            if self._head_bytes > self.max_header_bytes:
+                self._refuse(header_too_large(self.max_header_bytes))
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(ApiError(400, f"{msg} Send HTTP/1.1.", "invalid_http"))
+
+    def _start_head(self) -> None:
+        self._in_head, self._head_began, self._head_bytes = True, True, 0
+        self._stop_timer()
+        self._head_timer = self.loop.call_later(
+            self.read_timeout_s, self.timeout_keep_alive_handler
+        )
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer and close, but only after a moment of discarding what still comes in: a reset
+        connection would reach the client before the answer does.
+        """
+        body = msgspec.json.encode(ErrorBody(error.error))
+        head = (
+            f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            "connection: close\r\n\r\n"
+        )
+        self._refused = True
+        self._stop_timer()
+        self.transport.write(head.encode() + body)
+        self.loop.call_later(_LINGER_S, self.transport.close)

@@ -1,0 +1,134 @@
+"""Processes: how they start, what they leave behind, and the other commands."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from support.server import running_server
+
+pytestmark = pytest.mark.slow
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    return state != "Z"
+
+
+def octavo(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "octavo", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_server_and_engine_with_status_0(
+    smollm2_dir: Path, sig: signal.Signals
+) -> None:
+    with running_server() as server:
+        [engine] = server.engine_pids()
+        assert is_running(engine)
+        assert server.stop(sig) == 0
+        assert not is_running(engine)
+
+
+def test_the_engine_does_not_outlive_a_killed_server(smollm2_dir: Path) -> None:
+    with running_server() as server:
+        [engine] = server.engine_pids()
+        server.stop(signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while is_running(engine) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not is_running(engine)
+
+
+def test_a_dead_engine_is_not_called_healthy(smollm2_dir: Path) -> None:
+    with running_server() as server:
+        os.kill(server.engine_pids()[0], signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        status = 200
+        while status == 200 and time.monotonic() < deadline:
+            time.sleep(0.05)
+            try:
+                status = urllib.request.urlopen(f"{server.url}/health").status
+            except urllib.error.HTTPError as error:
+                status = error.code
+        assert status == 503
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["no-such-model"], "smollm2-135m"),
+        (["--max-model-len", "1m"], "8192"),
+        (["--max-modl-len", "10"], "--max-modl-len"),
+        (["--dtype", "int3"], "float32"),
+        (["--max-num-seqs", "600", "--max-num-batched-tokens", "5"], "max_num_seqs"),
+    ],
+)
+def test_a_start_that_fails_says_why_in_its_last_line(
+    smollm2_dir: Path, flags: list[str], says: str
+) -> None:
+    result = octavo("serve", "--port", "0", *flags)
+    assert result.returncode != 0
+    assert says in result.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_a_taken_port_is_an_error_before_anything_is_loaded(smollm2_dir: Path) -> None:
+    with running_server() as server:
+        port = server.url.rsplit(":", 1)[1]
+        result = octavo("serve", "--port", port)
+        assert result.returncode == 1
+        assert f"Cannot listen on 127.0.0.1:{port}" in result.stderr.strip().splitlines()[-1]
+
+
+def test_generate_prints_the_text_alone(smollm2_dir: Path) -> None:
+    result = octavo("generate", "--chat", "What is the capital of France?", "--temperature", "0")
+    assert result.stdout == "The capital of France is Paris.\n"
+    assert octavo("generate", "-", "--max-tokens", "3", input="1, 2, 3,").returncode == 0
+
+
+def test_chat_keeps_its_history(smollm2_dir: Path) -> None:
+    lines = "My name is Otto.\nWhat is my name?\n/reset\n/help\n/exit\n"
+    result = octavo("chat", "--temperature", "0", "--max-tokens", "30", "--stats", input=lines)
+    assert result.returncode == 0, result.stderr
+    assert "Otto" in result.stdout
+    assert "tokens per second" in result.stdout or "per second]" in result.stdout
+
+
+def test_a_config_file_is_the_command_line_in_yaml(smollm2_dir: Path, tmp_path: Path) -> None:
+    config = tmp_path / "serve.yaml"
+    config.write_text("max-model-len: 512\nserved_model_name: small\nmax-num-seqs: 4\n")
+    with running_server("--config", str(config), "--max-num-seqs", "2") as server:
+        assert server.model == "small"
+        with urllib.request.urlopen(f"{server.url}/metrics") as response:
+            assert 'num_gpu_blocks="' in response.read().decode()
+    config.write_text("max-modl-len: 512\n")
+    result = octavo("serve", "--config", str(config))
+    assert result.returncode == 1
+    assert "max_modl_len" in result.stderr
+
+
+def test_models_pull_and_doctor(smollm2_dir: Path) -> None:
+    assert "smollm2-135m" in octavo("models").stdout
+    assert str(smollm2_dir) in octavo("pull", "smollm2-135m").stdout
+    doctor = octavo("doctor")
+    assert doctor.returncode == 0
+    assert "chosen by --device auto" in doctor.stdout
