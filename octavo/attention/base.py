@@ -7,9 +7,11 @@ never given to a request: padding may point at it and write to it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+
+from octavo.kernels.qkv import HeadTransform
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class AttentionBackend(Protocol):
     """One attention implementation. Stateless: everything comes in by argument."""
 
     name: str
+    supports_graphs: bool  # whether decode steps may be captured: nothing depends on host values
 
     def forward(
         self,
@@ -70,5 +73,25 @@ class AttentionBackend(Protocol):
     ) -> torch.Tensor:  # [num_tokens, num_heads, head_dim]
         """Write the step's keys and values into the cache, then attend causally over each
         sequence's context.
+        """
+        ...
+
+
+@runtime_checkable
+class PackedAttention(Protocol):
+    """A backend that also takes a layer's packed projection, and so needs no key or value apart
+    from the cache.
+    """
+
+    def forward_packed(
+        self,
+        qkv: torch.Tensor,  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
+        transform: HeadTransform,
+        kv: KVLayer,
+        batch: AttentionBatch,
+        spec: AttentionSpec,
+    ) -> torch.Tensor:  # [num_tokens, num_heads, head_dim]
+        """Norm and rotate queries and keys, then as `AttentionBackend.forward`; qkv may be
+        overwritten.
         """
         ...

@@ -70,6 +70,7 @@ class TorchAttention:
     """
 
     name = "torch"
+    supports_graphs = False
 
     def __init__(self) -> None:
         self._batch: AttentionBatch | None = None

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from octavo.attention.base import AttentionBatch
-from octavo.runner.rows import DeviceRows
+from octavo.runner.rows import DeviceRows, to_device
 from octavo.sched.plan import StepPlan
 
 
@@ -21,7 +21,8 @@ class StepInputs:
     batch: AttentionBatch
     sample_indices: torch.Tensor  # [num_samples] int64, tokens whose hidden state is sampled from
     sample_rows: torch.Tensor  # [num_samples] int64
-    sample_positions: torch.Tensor  # [num_samples] int64, where each sampled token will stand
+    seq_rows: torch.Tensor  # [num_seqs] int64
+    seq_lens: torch.Tensor  # [num_seqs] int64, positions computed once this pass has run
 
 
 def build_inputs(plan: StepPlan, rows: DeviceRows, block_size: int) -> StepInputs:
@@ -40,11 +41,10 @@ def build_inputs(plan: StepPlan, rows: DeviceRows, block_size: int) -> StepInput
         plan.token_ids,
         query_starts[1:][plan.samples] - 1,
         plan.rows[plan.samples],
-        seq_lens[plan.samples],
         query_starts,
         seq_lens,
     )
-    packed = torch.from_numpy(np.concatenate(pieces).astype(np.int64, copy=False))
+    packed = to_device(np.concatenate(pieces).astype(np.int64, copy=False), device)
     (
         seq_rows,
         token_rows,
@@ -52,10 +52,9 @@ def build_inputs(plan: StepPlan, rows: DeviceRows, block_size: int) -> StepInput
         host_token_ids,
         sample_indices,
         sample_rows,
-        sample_positions,
         device_query_starts,
         device_seq_lens,
-    ) = torch.split(packed.to(device, non_blocking=True), [len(piece) for piece in pieces])
+    ) = torch.split(packed, [len(piece) for piece in pieces])
     max_seq_len = int(seq_lens.max())
     max_blocks = -(-max_seq_len // block_size)
     blocks = rows.block_tables[token_rows, device_positions // block_size].to(torch.int64)
@@ -77,5 +76,6 @@ def build_inputs(plan: StepPlan, rows: DeviceRows, block_size: int) -> StepInput
         batch=batch,
         sample_indices=sample_indices,
         sample_rows=sample_rows,
-        sample_positions=sample_positions,
+        seq_rows=seq_rows,
+        seq_lens=device_seq_lens,
     )

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from octavo.sched.plan import StepPlan
 
 
+def to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    """A copy on the device, without waiting: a GPU reads it from pinned memory in its own time."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class DeviceRows:
-    """Permanent rows, written only when a plan says so. Block 0 and row contents of free rows are
-    padding.
+    """Permanent rows, written only when a plan says so. One more row than requests may hold, the
+    `scratch` row, is for padding: its block table is all zeros, and block 0 belongs to nobody.
     """
 
     def __init__(self, num_rows: int, max_blocks: int, device: torch.device) -> None:
-        self._device = device
-        self.block_tables = torch.zeros((num_rows, max_blocks), dtype=torch.int32, device=device)
-        self.last_token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.device = device
+        self.scratch = num_rows
+        shape = (num_rows + 1, max_blocks)
+        self.block_tables = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.last_token_ids = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
+        # Positions whose KV is in the cache: where a row's next token goes.
+        self.num_computed = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
 
     def update(self, plan: StepPlan) -> None:
         """Take over the plan's new block-table entries."""
         if len(plan.block_ids):
-            where = np.stack([plan.block_rows, plan.block_cols]).astype(np.int64)
-            rows, cols = torch.from_numpy(where).to(self._device, non_blocking=True)
-            block_ids = torch.from_numpy(plan.block_ids).to(self._device, non_blocking=True)
+            packed = np.stack([plan.block_rows, plan.block_cols, plan.block_ids])
+            rows, cols, block_ids = to_device(packed, self.device)
             self.block_tables.index_put_((rows, cols), block_ids)

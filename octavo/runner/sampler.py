@@ -14,6 +14,7 @@ import torch
 
 from octavo.runner.penalties import RowConstraints, make_constraints
 from octavo.runner.random import uniforms
+from octavo.runner.rows import to_device
 from octavo.sched.plan import RowAdmission
 from octavo.types import TokenLogprobs
 
@@ -115,6 +116,12 @@ class Sampler:
         self._constraints.pop(row, None)
         self._penalty_values.pop(row, None)
 
+    def is_plain_greedy(self, rows: npt.NDArray[np.int32]) -> bool:
+        """Whether the rows' tokens are simply the most likely ones, with nothing to report."""
+        if (self._temperature[rows] != 0.0).any() or (self._num_logprobs[rows] >= 0).any():
+            return False
+        return not self._constraints or not any(row in self._constraints for row in rows.tolist())
+
     def sample(
         self, logits: torch.Tensor, rows: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]
     ) -> tuple[torch.Tensor, SampledLogprobs | None]:
@@ -170,7 +177,7 @@ class Sampler:
         counts = [self._constraints[row].counts for row in rows]
         output = torch.stack([c.output for c in counts if c is not None])
         seen = torch.stack([c.seen for c in counts if c is not None])
-        values = torch.tensor([self._penalty_values[row] for row in rows], device=self._device)
+        values = self._tensor(np.array([self._penalty_values[row] for row in rows], np.float32))
         repetition, frequency, presence = values[:, :, None].unbind(1)
         factor = torch.where(seen, repetition, 1.0)
         logits = torch.where(logits > 0, logits / factor, logits * factor)
@@ -241,10 +248,10 @@ class Sampler:
         return probs.masked_fill(probs < floor, 0.0)
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+        return to_device(np.ascontiguousarray(array), self._device)
 
     def _index(self, positions: npt.NDArray[np.int64] | list[int]) -> torch.Tensor:
-        return torch.as_tensor(positions, dtype=torch.int64).to(self._device, non_blocking=True)
+        return to_device(np.asarray(positions, np.int64), self._device)
 
 
 def _invert_cdf(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
