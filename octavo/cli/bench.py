@@ -12,7 +12,7 @@ from pathlib import Path
 
 from octavo import env
 from octavo.bench import loads
-from octavo.bench.report import OfflineReport, ServeReport, check_writable_parent, write_json
+from octavo.bench.report import OfflineReport, ServeReport, check_output, write_json
 from octavo.bench.workloads import WORKLOADS
 from octavo.cli.flags import add_config_file, add_options, split_options
 from octavo.config import EngineArgs
@@ -107,7 +107,7 @@ def _run_offline(namespace: argparse.Namespace) -> int:
     else:
         load = loads.workload(namespace.workload)
     if namespace.output is not None:
-        check_writable_parent(namespace.output)
+        check_output(namespace.output, is_folder=False)
     from octavo.bench.offline import run_offline
 
     report = run_offline(args, load, warmup=namespace.warmup, num_repeats=namespace.repeat)
@@ -144,11 +144,12 @@ def _run_serve(namespace: argparse.Namespace) -> int:
         if namespace.output is not None:
             import octavo.bench.plot  # noqa: F401  # a missing matplotlib shows before the run
     except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
         raise ConfigError(
-            f"bench serve needs the package {error.name!r}: pip install 'octavo[bench]'."
+            f"bench serve needs the package {package!r}: pip install 'octavo[bench]'."
         ) from error
     if namespace.output is not None:
-        check_writable_parent(namespace.output)
+        check_output(namespace.output, is_folder=True)
     options = ServeOptions(
         base_url=namespace.base_url,
         model=namespace.model,

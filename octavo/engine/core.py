@@ -44,6 +44,7 @@ class Runner(Protocol):
     @property
     def report(self) -> Report: ...
     def submit(self, plan: StepPlan) -> Pending: ...
+    def prepare_more(self) -> bool: ...
 
 
 class EngineCore:
@@ -92,6 +93,10 @@ class EngineCore:
         now_s = time.monotonic()
         step_s, self._last_apply_s = now_s - self._last_apply_s, now_s
         return self._scheduler.apply(oldest, result, step_s)
+
+    def prepare_more(self) -> bool:
+        """Spend an idle moment on preparing the device; False when nothing is left to prepare."""
+        return self._runner.prepare_more()
 
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()

@@ -99,7 +99,7 @@ def serve_steps(mailbox: Mailbox, configure: Configure, start_s: float) -> None:
     gc.freeze()  # what lives now lives for good: no collection needs to look at it again
     mailbox.send(Ready(core.info))
     while True:
-        for message in mailbox.drain(wait=not core.has_work):
+        for message in mailbox.drain(wait=not core.has_work and not core.prepare_more()):
             match message:
                 case Add(request):
                     core.add(request)

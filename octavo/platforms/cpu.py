@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from octavo.config.sections import DeviceInfo
+from octavo.kernels.cpu import library
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
@@ -35,6 +36,7 @@ class CpuPlatform:
         return cls() if index == 0 else None
 
     def info(self) -> DeviceInfo:
+        native = library.is_available()
         return DeviceInfo(
             kind="cpu",
             name=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
@@ -44,7 +46,8 @@ class CpuPlatform:
             # Most CPUs have no bfloat16 GEMM: 2-5x slower than float32 beyond one token.
             default_dtype="float32",
             dtypes=("float32", "bfloat16", "float16"),
-            attention_backends=("torch",),
+            attention_backends=("native", "torch") if native else ("torch",),
+            quantizations=("int8",) if native else (),
         )
 
     def synchronize(self) -> None:
