@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve test test-unit check format clean
+.PHONY: serve test test-unit test-gpu check format clean
 
 serve: $(VENV)/.serve
 	$(BIN)/octavo serve $(ARGS)
@@ -17,6 +17,10 @@ test: $(VENV)/.dev
 # Seconds to a few minutes: no model weights, no real servers.
 test-unit: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/unit -m "not slow" $(ARGS)
+
+# Needs a CUDA device; skipped where there is none.
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest tests -m gpu $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

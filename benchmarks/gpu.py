@@ -89,7 +89,7 @@ def measure(
         yield name, "prompt_tok_s", best.prompt_tokens_per_s
         yield name, "seconds", best.seconds
         yield name, "ttft_ms", best.ttft_ms.p50
-        yield name, "tpot_ms", best.tpot_ms.p50
+        yield name, "tpot_ms", best.tpot_ms.p50 or 0.0
 
 
 def table(results: dict[tuple[str, str, str], float]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from tqdm import tqdm
 
@@ -51,6 +52,15 @@ class _Job:
     num_cached_tokens: int = 0
     queue_s: float = 0.0
     first_token_s: float = 0.0
+    e2e_s: float = 0.0
+
+
+class _Owner(NamedTuple):
+    """Who receives what an engine request generates."""
+
+    job: _Job
+    assembler: OutputAssembler
+    inbox: deque[tuple[_Job, OutputDelta]]  # of the call that the job belongs to
 
 
 class LLM:
@@ -86,6 +96,8 @@ class LLM:
         self._core: EngineCore | None = build_core(self._args, checkpoint, progress=True)
         self._limits = Limits.from_info(self._core.info)
         self._ids = itertools.count(1)
+        # Live engine requests of all calls: a stream may be open while others are made.
+        self._owners: dict[int, _Owner] = {}
 
     @property
     def info(self) -> EngineInfo:
@@ -119,7 +131,10 @@ class LLM:
 
         Raises:
             InvalidRequestError: a prompt or its parameters cannot be served; nothing was generated.
+            ConfigError: priorities without scheduling_policy="priority", or lists of other lengths.
         """
+        if priority is not None and self._args.scheduling_policy != "priority":
+            raise ConfigError('priority needs LLM(..., scheduling_policy="priority").')
         items = _as_list(prompts)
         all_params = _per_prompt("sampling_params", sampling_params or SamplingParams(), len(items))
         priorities = _per_prompt("priority", 0 if priority is None else priority, len(items))
@@ -185,7 +200,9 @@ class LLM:
 
     def close(self) -> None:
         """Free the model. The object cannot be used afterwards."""
-        self._core = None
+        if self._core is not None:
+            self._core.close()
+            self._core = None
 
     def __enter__(self) -> Self:
         return self
@@ -227,7 +244,7 @@ class LLM:
         if isinstance(item, str):
             return item, self.get_tokenizer().encode(item), ""
         if not isinstance(item, Mapping):
-            return None, list(item), ""
+            return None, _token_list(item), ""
         unknown = set(item) - {"prompt", "prompt_token_ids", "cache_salt"}
         if unknown or ("prompt" in item) == ("prompt_token_ids" in item):
             raise InvalidRequestError(
@@ -236,9 +253,11 @@ class LLM:
                 "prompt",
             )
         salt = item.get("cache_salt") or ""
+        if not isinstance(salt, str):
+            raise InvalidRequestError("cache_salt must be a string.", "cache_salt")
         if "prompt" in item:
             return item["prompt"], self.get_tokenizer().encode(item["prompt"]), salt
-        return None, list(item["prompt_token_ids"]), salt
+        return None, _token_list(item["prompt_token_ids"]), salt
 
     def _run(
         self, jobs: list[_Job], requests: list[EngineRequest]
@@ -247,19 +266,40 @@ class LLM:
         early, the engine is left without their requests.
         """
         core = self._engine()
-        owners = {
-            request_id: (job, assembler)
+        inbox: deque[tuple[_Job, OutputDelta]] = deque()
+        mine = {
+            request_id: _Owner(job, assembler, inbox)
             for job in jobs
             for request_id, assembler in zip(job.request_ids, job.assemblers, strict=True)
         }
-        for request in requests:
-            core.add(request)
+        self._owners |= mine
         try:
-            while core.has_work:
-                if (outputs := core.step()) is not None:
-                    yield from _take(core, outputs, owners)
+            for request in requests:
+                core.add(request)
+            while inbox or (core.has_work and not self._owners.keys().isdisjoint(mine)):
+                if inbox:
+                    yield inbox.popleft()
+                else:
+                    self._step(core)
+            if any(job.num_unfinished for job in jobs):
+                raise EngineError("A step failed in another call and took this request with it.")
         finally:
-            core.abort(owners)
+            core.abort(mine)
+            for request_id in mine:
+                self._owners.pop(request_id, None)
+
+    def _step(self, core: EngineCore) -> None:
+        """One step; its outputs reach the calls that they belong to."""
+        try:
+            outputs = core.step()
+        except BaseException:  # Ctrl-C as well: what was in the step cannot go on
+            core.abort(self._owners)
+            self._owners.clear()
+            raise
+        if outputs is None:
+            return
+        for request_id in _take(core, outputs, self._owners):
+            del self._owners[request_id]
 
     def _output(self, index: int, job: _Job) -> RequestOutput:
         wants_prompt = job.params.prompt_logprobs is not None
@@ -275,36 +315,40 @@ class LLM:
             if wants_prompt
             else None,
             num_cached_tokens=job.num_cached_tokens,
-            metrics=RequestMetrics(
-                job.queue_s, job.first_token_s, time.monotonic() - job.arrival_s
-            ),
+            metrics=RequestMetrics(job.queue_s, job.first_token_s, job.e2e_s),
         )
 
 
-def _take(
-    core: EngineCore, outputs: StepOutputs, owners: Mapping[int, tuple[_Job, OutputAssembler]]
-) -> Iterator[tuple[_Job, OutputDelta]]:
-    """Give a step's tokens to their assemblers; abort what has met a stop string."""
+def _take(core: EngineCore, outputs: StepOutputs, owners: Mapping[int, _Owner]) -> list[int]:
+    """Give a step's tokens to their assemblers; abort what has met a stop string. Outputs of calls
+    that were given up have no owner any more. The requests that are done.
+    """
     now_s = time.monotonic()
     finishes: dict[int, Finish] = {finish.request_id: finish for finish in outputs.finished}
+    done = []
     for started in outputs.started:
-        job, _ = owners[started.request_id]
-        job.num_cached_tokens = max(job.num_cached_tokens, started.num_cached_tokens)
-        job.queue_s = started.queue_s
+        if (owner := owners.get(started.request_id)) is not None:
+            cached = max(owner.job.num_cached_tokens, started.num_cached_tokens)
+            owner.job.num_cached_tokens, owner.job.queue_s = cached, started.queue_s
     for request_id, entries in outputs.prompt_logprobs.items():
-        job, _ = owners[request_id]
-        if request_id == job.request_ids[0]:
-            job.prompt_logprobs.extend(entries)
+        owner = owners.get(request_id)
+        if owner is not None and request_id == owner.job.request_ids[0]:
+            owner.job.prompt_logprobs.extend(entries)
     for request_id, token_id in zip(outputs.request_ids, outputs.token_ids, strict=True):
-        job, assembler = owners[request_id]
+        if (owner := owners.get(request_id)) is None:
+            continue
+        job, assembler, inbox = owner
         job.first_token_s = job.first_token_s or now_s - job.arrival_s
         logprobs = outputs.logprobs.get(request_id)
         finish = finishes.get(request_id)
-        delta = assembler.push([token_id], [logprobs] if logprobs else [], finish)
+        inbox.append((job, assembler.push([token_id], [logprobs] if logprobs else [], finish)))
         if assembler.stopped and finish is None:
             core.abort([request_id])
-        job.num_unfinished -= assembler.finished
-        yield job, delta
+        if assembler.finished:
+            job.num_unfinished -= 1
+            job.e2e_s = now_s - job.arrival_s
+            done.append(request_id)
+    return done
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -314,6 +358,16 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if items and all(isinstance(item, int) for item in items):
         return [items]  # type: ignore[list-item]  # one prompt of token ids
     return items  # type: ignore[return-value]
+
+
+def _token_list(item: Any) -> list[int]:
+    """Token ids as a list; what is in it is checked with the rest of the request."""
+    if isinstance(item, (str, bytes)) or not isinstance(item, Sequence):
+        raise InvalidRequestError(
+            f"A prompt must be a string, a mapping or a list of token ids, not {item!r:.80}.",
+            "prompt",
+        )
+    return list(item)
 
 
 def _per_prompt(name: str, value: Any, num_prompts: int) -> list[Any]:

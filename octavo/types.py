@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,12 +57,13 @@ class SamplingParams:
     bad_words: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
         object.__setattr__(self, "stop", stop)
         for name in ("stop_token_ids", "bad_words"):
-            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+            object.__setattr__(self, name, _as_tuple(name, getattr(self, name)))
         if self.allowed_token_ids is not None:
-            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+            allowed = _as_tuple("allowed_token_ids", self.allowed_token_ids)
+            object.__setattr__(self, "allowed_token_ids", allowed)
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         self._check_numbers()
@@ -113,6 +114,8 @@ class SamplingParams:
             for token_id in self.allowed_token_ids:
                 _check_int("allowed_token_ids", token_id, 0, 2**31 - 1)
         if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise InvalidRequestError("logit_bias must map token ids to numbers.", "logit_bias")
             if len(self.logit_bias) > MAX_LOGIT_BIAS:
                 raise InvalidRequestError(
                     f"logit_bias has more than {MAX_LOGIT_BIAS} entries.", "logit_bias"
@@ -140,6 +143,13 @@ class SamplingParams:
     def replace(self, **changes: Any) -> SamplingParams:
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
+
+
+def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
+    """A list as it was given; a bare string would come apart into letters."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable | None):
+        raise InvalidRequestError(f"{name} must be a list, not {value!r:.80}.", name)
+    return tuple(value or ())
 
 
 def _check_int(name: str, value: Any, low: int, high: int) -> None:

@@ -12,6 +12,16 @@ from octavo.checkpoint.catalogue import BUILTIN_MODELS
 from octavo.text.tokenizer import Tokenizer
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """The built-in model in Hugging Face layout; fetched into the user's own cache once."""

@@ -6,10 +6,23 @@ from collections.abc import Callable
 
 from octavo.attention.base import AttentionBackend, AttentionBatch, AttentionSpec, KVLayer
 from octavo.attention.context import ForwardContext
+from octavo.attention.cpu_backend import NativeAttention
 from octavo.attention.torch_backend import TorchAttention
 from octavo.errors import ConfigError
 
-BACKENDS: dict[str, Callable[[], AttentionBackend]] = {TorchAttention.name: TorchAttention}
+
+def _make_triton() -> AttentionBackend:
+    # Triton is there on GPU machines only.
+    from octavo.attention.triton_backend import TritonAttention
+
+    return TritonAttention()
+
+
+BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
+    TorchAttention.name: TorchAttention,
+    "triton": _make_triton,
+    NativeAttention.name: NativeAttention,
+}
 
 __all__ = [
     "BACKENDS",

@@ -29,7 +29,7 @@ from octavo.log import get_logger
 
 logger = get_logger(__name__)
 
-_CONVERSION = 1  # raise to have every installed model converted again
+_CONVERSION = 2  # raise to have every installed model converted again
 _MARKER = "octavo.json"
 _CHUNK_BYTES = 1 << 20
 
@@ -201,10 +201,11 @@ def _copy_checked(
 
 
 def _convert(model: BuiltinModel, gguf: Path, target: Path, progress: bool) -> None:
-    """Write the model in Hugging Face layout, weights dequantised to float32."""
+    """Write the model in Hugging Face layout: weights as they are, and dequantised to float32."""
     import numpy as np
     from safetensors.numpy import save_file
 
+    from octavo.checkpoint.folder import QUANTIZED_FILE
     from octavo.checkpoint.gguf_config import hf_config, hf_generation_config
     from octavo.checkpoint.gguf_file import GgufFile
     from octavo.checkpoint.gguf_tensors import iter_tensors
@@ -225,9 +226,11 @@ def _convert(model: BuiltinModel, gguf: Path, target: Path, progress: bool) -> N
     for name, text in texts.items():
         if text:
             (target / name).write_text(text, encoding="utf-8")
+    shutil.copyfile(gguf, target / QUANTIZED_FILE)
     total = len(file.tensors)
     bar = tqdm(iter_tensors(file), f"converting {model.name}", total, disable=not progress)
     tensors = {name: np.ascontiguousarray(values, np.float32) for name, values in bar}
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    with (target / "model.safetensors").open("rb") as written:
-        os.fsync(written.fileno())  # the rename must not be on disk before the data
+    for weights in (target / "model.safetensors", target / QUANTIZED_FILE):
+        with weights.open("rb") as written:
+            os.fsync(written.fileno())  # the rename must not be on disk before the data

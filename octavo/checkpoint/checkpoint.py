@@ -25,5 +25,7 @@ class Checkpoint:
     config: Mapping[str, Any] = field(repr=False)
     generation_config: Mapping[str, Any] = field(repr=False, default_factory=dict)
     tokenizer_config: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    # The same weights as a .gguf file in 4 or 8 bits, where the folder has both.
+    quantized_file: Path | None = None
     tokenizer_json: str | None = field(repr=False, default=None)
     chat_template: str | None = field(repr=False, default=None)

@@ -12,6 +12,7 @@ from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
+QUANTIZED_FILE = "model.gguf"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_JSON_BYTES = 256 << 20  # the largest tokenizer.json are some tens of MB
 
@@ -57,11 +58,13 @@ def open_folder(model: str, folder: Path, *, needs_weights: bool) -> Checkpoint:
     text = read_tokenizer_files(folder)
     weight_files = _weight_files(folder) if needs_weights else ()
     weights_format: Literal["safetensors", "none"] = "safetensors" if weight_files else "none"
+    quantized = folder / QUANTIZED_FILE
     return Checkpoint(
         model=model,
         path=folder,
         weights_format=weights_format,
         weight_files=weight_files,
+        quantized_file=quantized if needs_weights and quantized.is_file() else None,
         config=_unnested(config, folder),
         generation_config=read_json(generation) if generation.is_file() else {},
         tokenizer_config=text.tokenizer_config,

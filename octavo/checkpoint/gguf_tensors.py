@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,16 @@ from octavo.checkpoint.gguf_file import GgufFile, GgufTensor
 from octavo.errors import CheckpointError, WeightsError
 
 FloatArray = npt.NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class GgufBlocks:
+    """A matrix as the file stores it."""
+
+    kind: str  # GGML's name of the type
+    shape: tuple[int, int]
+    data: npt.NDArray[np.uint8]  # [rows, bytes of a row]
+
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LLAMA_LAYER = {
@@ -93,6 +104,18 @@ def read_tensor(file: GgufFile, tensor: GgufTensor) -> FloatArray:
 def iter_tensors(file: GgufFile) -> Iterator[tuple[str, FloatArray]]:
     """Every weight, as Hugging Face names and lays it out.
 
+    Raises as `iter_stored`.
+    """
+    for name, values in iter_stored(file, frozenset()):
+        assert not isinstance(values, GgufBlocks)
+        yield name, values
+
+
+def iter_stored(
+    file: GgufFile, kept: frozenset[str]
+) -> Iterator[tuple[str, FloatArray | GgufBlocks]]:
+    """`iter_tensors`, but matrices of the types in `kept` stay as they are stored.
+
     Raises:
         WeightsError: a tensor that has no place in this architecture, or does not fit its heads.
     """
@@ -107,12 +130,18 @@ def iter_tensors(file: GgufFile) -> Iterator[tuple[str, FloatArray]]:
             raise WeightsError(
                 f"{file.path}: tensor {tensor.name!r} is unexpected in architecture {arch!r}."
             )
-        values = read_tensor(file, tensor)
+        is_kept = tensor.type.name in kept and len(tensor.shape) == 2
+        values: npt.NDArray[Any] = (
+            file.raw(tensor).reshape(tensor.shape[0], -1) if is_kept else read_tensor(file, tensor)
+        )
         if arch in _PERMUTED and (match := _PERMUTED[arch].fullmatch(tensor.name)):
             values = _halves(values, _num_heads(file, arch, match[1]), tensor.name)
         elif arch in _NORM_PLUS_ONE and name.endswith("norm.weight"):
             values = values - np.float32(1)
-        yield name, values
+        if is_kept:
+            yield name, GgufBlocks(tensor.type.name, (tensor.shape[0], tensor.shape[1]), values)
+        else:
+            yield name, values
 
 
 def _num_heads(file: GgufFile, arch: str, kind: str) -> int:
@@ -122,7 +151,7 @@ def _num_heads(file: GgufFile, arch: str, kind: str) -> int:
     return num_heads or 0
 
 
-def _halves(values: FloatArray, num_heads: int, name: str) -> FloatArray:
+def _halves(values: npt.NDArray[Any], num_heads: int, name: str) -> npt.NDArray[Any]:
     """Rows of each head from interleaved (x0 y0 x1 y1 …) to halves (x0 x1 … y0 y1 …)."""
     if num_heads < 1 or len(values) % (2 * num_heads):
         raise WeightsError(f"tensor {name!r} of shape {values.shape} does not fit its heads.")

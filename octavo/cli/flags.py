@@ -61,7 +61,10 @@ def _size(text: str) -> int:
         if re.fullmatch(r"-\d+", text):
             return int(text)
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 8192, 8k or 4G")
-    return int(float(match[1]) * _UNITS[match[2]])
+    value = float(match[1]) * _UNITS[match[2]]
+    if not value.is_integer():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(value)
 
 
 def add_config_file(parser: argparse.ArgumentParser) -> None:
@@ -100,9 +103,17 @@ def _read_config(path: Path | None, classes: Iterable[type[Any]]) -> dict[str, A
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of options, not a {type(content).__name__}.")
     options = {str(name).replace("-", "_"): value for name, value in content.items()}
-    known = {field.name for cls in classes for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(options) - known):
+    known = {field.name: field for cls in classes for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(options) - known.keys()):
         raise ConfigError(
             f"{path} has unknown options: {', '.join(unknown)}. Known: {', '.join(sorted(known))}."
         )
-    return options
+    try:
+        return {name: _yaml_value(known[name], value) for name, value in options.items()}
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"{path}: {error}.") from error
+
+
+def _yaml_value(field: dataclasses.Field[Any], value: Any) -> Any:
+    """YAML knows no sizes: 8k and 4G arrive as text."""
+    return _size(value) if isinstance(value, str) and "int" in type_names(field) else value

@@ -49,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             command.add_arguments(command_parser)
             command_parser.set_defaults(run=command.run)
     namespace = parser.parse_args(arguments)
-    log.setup_logging()
+    try:
+        log.setup_logging()
+    except ValueError as error:
+        parser.error(f"OCTAVO_LOG_LEVEL: {error}")
     try:
         return int(namespace.run(namespace))
     except OctavoError as error:

@@ -26,11 +26,17 @@ class EngineArgs:
     dtype: str = option(
         "auto", "precision of weights and activations", ("auto", "float32", "bfloat16", "float16")
     )
+    quantization: str = option(
+        "auto",
+        "int8: 8-bit activations, weights in 8 bits or as a .gguf file has them "
+        "(auto: on a CPU with the native kernels, unless dtype is given)",
+        ("auto", "none", "int8"),
+    )
     max_model_len: int | None = option(
         None, "context length, tokens (default: the model's, as far as memory allows)"
     )
-    seed: int = option(0, "seed of dummy weights and of requests that bring none")
-    device: str = option("auto", "where to run", ("auto", "cpu", "cuda"))
+    seed: int = option(0, "seed of dummy weights")
+    device: str = option("auto", "where to run: auto, cpu, cuda or cuda:1")
     num_threads: int = option(0, "CPU threads of the engine (0: all cores this process may use)")
     attention_backend: str = option(
         "auto", "attention implementation; `octavo doctor` lists those available"
@@ -47,7 +53,7 @@ class EngineArgs:
         None, "most sequences that run at once (default: 64 on a CPU, 1024 on a GPU)"
     )
     max_num_batched_tokens: int | None = option(
-        None, "token budget of a step (default: 512 on a CPU, 8192 on a GPU)"
+        None, "token budget of a step (default: 256 on a CPU, 8192 on a GPU)"
     )
     long_prefill_token_threshold: int = option(
         0, "most tokens of one prompt in one step (0: no limit)"

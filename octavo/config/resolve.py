@@ -16,6 +16,7 @@ from octavo.config.sections import (
     EngineConfig,
     LoadFormat,
     ModelConfig,
+    Quantization,
     RunnerConfig,
     SchedulerConfig,
     SchedulingPolicy,
@@ -26,6 +27,14 @@ _DEFAULT_MAX_MODEL_LEN = 2048  # where a config names no context length
 _CPU_DEFAULTS = (64, 256)  # max_num_seqs, max_num_batched_tokens
 _GPU_DEFAULTS = (1024, 8192)
 _BLOCK_SIZES = (8, 16, 32, 64, 128)
+_POSITIVE = (  # None, where allowed, means "decide for me"
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "kv_cache_memory_bytes",
+    "num_gpu_blocks_override",
+)
+_NOT_NEGATIVE = ("num_threads", "long_prefill_token_threshold")
 
 
 class CheckpointFacts(Protocol):
@@ -39,6 +48,8 @@ class CheckpointFacts(Protocol):
     def weights_format(self) -> str: ...
     @property
     def weight_files(self) -> tuple[Path, ...]: ...
+    @property
+    def quantized_file(self) -> Path | None: ...
     @property
     def config(self) -> Mapping[str, Any]: ...
     @property
@@ -56,9 +67,9 @@ def resolve(args: EngineArgs, checkpoint: CheckpointFacts, device: DeviceInfo) -
     max_model_len = _max_model_len(args, hf)
     on_cpu = device.kind == "cpu"
     default_seqs, default_tokens = _CPU_DEFAULTS if on_cpu else _GPU_DEFAULTS
-    max_num_seqs = _positive("max_num_seqs", args.max_num_seqs or default_seqs)
+    _check_numbers(args)
+    max_num_seqs = args.max_num_seqs or default_seqs
     max_tokens = args.max_num_batched_tokens or max(default_tokens, max_num_seqs)
-    max_tokens = _positive("max_num_batched_tokens", max_tokens)
     if max_tokens < max_num_seqs:
         raise ConfigError(
             f"max_num_batched_tokens ({max_tokens}) must be at least max_num_seqs "
@@ -67,11 +78,10 @@ def resolve(args: EngineArgs, checkpoint: CheckpointFacts, device: DeviceInfo) -
         )
     if args.block_size not in _BLOCK_SIZES:
         raise ConfigError(f"block_size must be one of {_BLOCK_SIZES}, not {args.block_size}.")
-    if not 0.0 < args.gpu_memory_utilization <= 1.0:
-        raise ConfigError("gpu_memory_utilization must be above 0 and at most 1.")
     is_async = (not on_cpu) if args.async_scheduling is None else args.async_scheduling
+    model = _model_config(args, checkpoint, device, max_model_len)
     return EngineConfig(
-        model=_model_config(args, checkpoint, device, max_model_len),
+        model=model,
         cache=CacheConfig(
             block_size=args.block_size,
             enable_prefix_caching=args.enable_prefix_caching,
@@ -93,7 +103,7 @@ def resolve(args: EngineArgs, checkpoint: CheckpointFacts, device: DeviceInfo) -
         runner=RunnerConfig(
             device=device.kind,
             num_threads=args.num_threads or device.num_cores,
-            attention_backend=_attention_backend(args, device),
+            attention_backend=_attention_backend(args, device, model.quantization),
             enforce_eager=args.enforce_eager or not device.supports_graphs,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_tokens,
@@ -120,14 +130,20 @@ def _model_config(
         raise ConfigError(
             f"load_format {args.load_format!r} does not fit: the weights are {load_format}."
         )
+    dtype = _dtype(args, hf, device)
+    quantization = _quantization(args, dtype, device)
+    weight_files = checkpoint.weight_files
+    if quantization != "none" and args.load_format == "auto" and checkpoint.quantized_file:
+        load_format, weight_files = "gguf", (checkpoint.quantized_file,)
     return ModelConfig(
         model=checkpoint.model,
         path=checkpoint.path,
         load_format=cast(LoadFormat, load_format),
-        weight_files=checkpoint.weight_files,
+        weight_files=weight_files,
         hf_config=hf,
         architecture=str(architectures[0]),
-        dtype=_dtype(args, hf, device),
+        dtype=dtype,
+        quantization=quantization,
         max_model_len=max_model_len,
         vocab_size=_config_int(hf, "vocab_size"),
         eos_token_ids=_eos_token_ids(checkpoint.generation_config, hf),
@@ -136,11 +152,12 @@ def _model_config(
 
 
 def _max_model_len(args: EngineArgs, hf: Mapping[str, Any]) -> int:
-    limit = hf.get("max_position_embeddings")
+    has_limit = hf.get("max_position_embeddings") is not None
+    limit = _config_int(hf, "max_position_embeddings") if has_limit else None
     if args.max_model_len is None:
-        return int(limit) if limit else _DEFAULT_MAX_MODEL_LEN
-    wanted = _positive("max_model_len", args.max_model_len)
-    if limit and wanted > int(limit):
+        return limit or _DEFAULT_MAX_MODEL_LEN
+    wanted = args.max_model_len
+    if limit and wanted > limit:
         raise ConfigError(
             f"max_model_len ({wanted}) is more than the model was made for ({limit} tokens, "
             "max_position_embeddings). Lower it."
@@ -161,8 +178,28 @@ def _dtype(args: EngineArgs, hf: Mapping[str, Any], device: DeviceInfo) -> DType
     return "float32" if own == "float32" else device.default_dtype
 
 
-def _attention_backend(args: EngineArgs, device: DeviceInfo) -> str:
+def _quantization(args: EngineArgs, dtype: DType, device: DeviceInfo) -> Quantization:
+    if args.quantization == "auto":
+        # Who names a dtype wants that precision.
+        is_open = args.dtype == "auto" and dtype == "float32"
+        return device.quantizations[0] if is_open and device.quantizations else "none"
+    wanted = cast(Quantization, args.quantization)
+    if wanted == "none":
+        return wanted
+    if wanted not in device.quantizations:
+        raise ConfigError(
+            f"quantization {wanted!r} is not available on {device.name}: it needs a CPU and "
+            "Octavo's native kernels, which are built at installation where there is a C compiler."
+        )
+    if dtype != "float32":
+        raise ConfigError(f"quantization {wanted!r} computes in float32, not {dtype}.")
+    return wanted
+
+
+def _attention_backend(args: EngineArgs, device: DeviceInfo, quantization: Quantization) -> str:
     if args.attention_backend == "auto":
+        if device.kind == "cpu" and quantization == "none":
+            return "torch"  # else two thread pools would take turns on the same cores
         return device.attention_backends[0]
     if args.attention_backend not in device.attention_backends:
         raise ConfigError(
@@ -190,7 +227,14 @@ def _config_int(hf: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def _positive(name: str, value: int) -> int:
-    if value <= 0:
-        raise ConfigError(f"{name} must be positive, got {value}.")
-    return value
+def _check_numbers(args: EngineArgs) -> None:
+    """Ranges that need nothing but the option itself."""
+    for name in _POSITIVE:
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{name} must be positive, got {value}.")
+    for name in _NOT_NEGATIVE:
+        if getattr(args, name) < 0:
+            raise ConfigError(f"{name} must be 0 or more, got {getattr(args, name)}.")
+    if not 0.0 < args.gpu_memory_utilization <= 1.0:
+        raise ConfigError("gpu_memory_utilization must be above 0 and at most 1.")

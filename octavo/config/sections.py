@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 DType = Literal["float32", "bfloat16", "float16"]
 LoadFormat = Literal["safetensors", "gguf", "dummy"]
+Quantization = Literal["none", "int8"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 
 
@@ -24,6 +25,7 @@ class DeviceInfo:
     dtypes: tuple[DType, ...]  # supported, fastest first
     attention_backends: tuple[str, ...]  # available, preferred first
     supports_graphs: bool = False
+    quantizations: tuple[Quantization, ...] = ()  # available, preferred first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,7 @@ class ModelConfig:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     seed: int
+    quantization: Quantization = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

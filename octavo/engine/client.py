@@ -169,12 +169,17 @@ class EngineClient:
         self._writer.write(encode_frame(message))
 
     async def _listen(self) -> None:
-        message: ToServer | None = None
-        while isinstance(message := await _receive(self._reader), Outputs):
-            self._last_message_s = time.monotonic()
-            self._dispatch(message.outputs)
-        returncode = await asyncio.to_thread(self._process.process.wait)
-        cause = str(_startup_error(message, returncode))
+        """Dispatch until the engine ends; then, however that came, end every stream."""
+        try:
+            message: ToServer | None = None
+            while isinstance(message := await _receive(self._reader), Outputs):
+                self._last_message_s = time.monotonic()
+                self._dispatch(message.outputs)
+            returncode = await asyncio.to_thread(self._process.process.wait)
+            cause = str(_startup_error(message, returncode))
+        except Exception as error:
+            logger.exception("the engine's messages cannot be taken in")
+            cause = f"The engine's messages cannot be taken in: {type(error).__name__}: {error}"
         logger.error("the engine has ended: %s", cause)
         self._die(cause)
 

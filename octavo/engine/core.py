@@ -7,8 +7,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
@@ -45,6 +46,13 @@ class Runner(Protocol):
     def report(self) -> Report: ...
     def submit(self, plan: StepPlan) -> Pending: ...
     def prepare_more(self) -> bool: ...
+    def close(self) -> None: ...
+
+
+class _Step(NamedTuple):
+    plan: StepPlan
+    pending: Pending
+    submit_s: float  # time.monotonic()
 
 
 class EngineCore:
@@ -63,7 +71,7 @@ class EngineCore:
             dataclasses.replace(config.scheduler, max_model_len=max_model_len), cache
         )
         self._depth = config.scheduler.async_depth
-        self._in_flight: deque[tuple[StepPlan, Pending]] = deque()
+        self._in_flight: deque[_Step] = deque()
         self._last_apply_s = time.monotonic()
         self.info = _describe(config, runner, max_model_len)
 
@@ -85,18 +93,42 @@ class EngineCore:
         """
         plan = self._scheduler.schedule()
         if plan is not None:
-            self._in_flight.append((plan, self._runner.submit(plan)))
+            self._submit(plan)
         if not self._in_flight or (plan is not None and len(self._in_flight) <= self._depth):
             return None
-        oldest, pending = self._in_flight.popleft()
-        result = pending.wait()
+        oldest = self._in_flight.popleft()
+        with self._dropped_if_it_fails(oldest.plan):
+            result = oldest.pending.wait()
         now_s = time.monotonic()
-        step_s, self._last_apply_s = now_s - self._last_apply_s, now_s
-        return self._scheduler.apply(oldest, result, step_s)
+        # Steps in flight overlap: each counts from when the one before it was done.
+        step_s = now_s - max(self._last_apply_s, oldest.submit_s)
+        self._last_apply_s = now_s
+        return self._scheduler.apply(oldest.plan, result, step_s)
+
+    def _submit(self, plan: StepPlan) -> None:
+        submit_s = time.monotonic()
+        with self._dropped_if_it_fails(plan):
+            self._in_flight.append(_Step(plan, self._runner.submit(plan), submit_s))
+
+    @contextmanager
+    def _dropped_if_it_fails(self, plan: StepPlan) -> Iterator[None]:
+        """A step that did not run to its end (Ctrl-C, a device error) must leave no trace: what it
+        would have written to the cache is published already.
+        """
+        try:
+            yield
+        except BaseException:
+            self._scheduler.drop(plan)
+            raise
 
     def prepare_more(self) -> bool:
         """Spend an idle moment on preparing the device; False when nothing is left to prepare."""
         return self._runner.prepare_more()
+
+    def close(self) -> None:
+        """Free the device. The engine cannot be used afterwards."""
+        self._in_flight.clear()
+        self._runner.close()
 
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()

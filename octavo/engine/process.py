@@ -76,7 +76,9 @@ class Mailbox:
                 self._inbox.put(message)
         except OSError as error:
             logger.debug("reader ends: %s", error)
-        self._inbox.put(None)
+        except Exception:
+            logger.exception("a message from the server cannot be read")
+        self._inbox.put(None)  # deaf is as good as gone: the step loop ends
 
     def _write(self) -> None:
         try:
@@ -118,7 +120,10 @@ def main(argv: list[str]) -> int:
     """Exit status: 0 after a shutdown, 1 after a failure, which the server was told."""
     start_s = time.monotonic()
     log.setup_logging("engine")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
+    # Sent to the whole process group (Ctrl-C, systemd), they are the server's to handle: it lets
+    # requests finish and then closes the socket, and that ends this process, too.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     mailbox = Mailbox(socket.socket(fileno=int(argv[0])))
     configure = mailbox.receive()
     if not isinstance(configure, Configure):

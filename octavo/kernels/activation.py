@@ -12,6 +12,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from octavo.kernels import launch
 from octavo.kernels.cpu import ops as cpu
 
 _gelu_tanh = partial(F.gelu, approximate="tanh")
@@ -31,6 +32,10 @@ def gated_activation(gate_up: torch.Tensor, name: str) -> torch.Tensor:
     """
     if cpu.takes(gate_up):
         return cpu.gated_activation(gate_up, name)
+    if launch.takes(gate_up):
+        from octavo.kernels import activation_triton
+
+        return activation_triton.gated_activation(gate_up, name)
     return gated_activation_torch(gate_up, name)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from octavo.kernels import launch
 from octavo.kernels.cpu import ops as cpu
 
 
@@ -31,6 +32,10 @@ def rms_norm(
     """
     if cpu.takes(x):
         return cpu.rms_norm(x, weight, eps, residual, add_one)
+    if launch.takes(x):
+        from octavo.kernels import norm_triton
+
+        return norm_triton.rms_norm(x, weight, eps, residual, add_one)
     return rms_norm_torch(x, weight, eps, residual, add_one=add_one)
 
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from octavo.attention.base import AttentionSpec
+from octavo.attention.base import AttentionSpec, PackedAttention
 from octavo.attention.context import ForwardContext
+from octavo.kernels.linear import Around
+from octavo.kernels.qkv import HeadNorms, HeadTransform, split_and_rotate
+from octavo.kernels.rope import Rope
 from octavo.layers.linear import Linear, MergedLinear
 from octavo.layers.norm import RMSNorm
-from octavo.layers.rotary import Rope, apply_rope
 from octavo.weights.slots import WeightSlot
 
 
 class Attention(nn.Module):
-    """Hands a layer's queries, keys and values to the backend, with that layer's cache."""
+    """Attends from a layer's packed projection, through the backend, with that layer's cache.
+
+    A backend that takes the projection as it is (`PackedAttention`) rotates and stores in one go;
+    for any other that is done here, in plain steps.
+    """
 
     def __init__(self, layer_idx: int, spec: AttentionSpec) -> None:
         super().__init__()
@@ -23,13 +29,17 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        query: torch.Tensor,  # [num_tokens, num_heads, head_dim]
-        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]
-        value: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]
+        qkv: torch.Tensor,  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
+        transform: HeadTransform,
         context: ForwardContext,
-    ) -> torch.Tensor:  # [num_tokens, num_heads, head_dim]
-        cache = context.kv[self.layer_idx]
-        return context.backend.forward(query, key, value, cache, context.batch, self.spec)
+    ) -> torch.Tensor:  # [num_tokens, num_heads * head_dim]
+        spec, backend, cache = self.spec, context.backend, context.kv[self.layer_idx]
+        if isinstance(backend, PackedAttention):
+            attended = backend.forward_packed(qkv, transform, cache, context.batch, spec)
+        else:
+            heads = split_and_rotate(qkv, spec.num_heads, spec.num_kv_heads, transform)
+            attended = backend.forward(*heads, cache, context.batch, spec)
+        return attended.flatten(1)
 
 
 class SelfAttention(nn.Module):
@@ -67,18 +77,23 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, rope: Rope, context: ForwardContext) -> torch.Tensor:
         """[num_tokens, size] -> [num_tokens, size]"""
-        spec = self.attention.spec
-        heads = self.qkv_proj(x).view(len(x), -1, spec.head_dim)  # queries, keys, values
-        num_rotated = spec.num_heads + spec.num_kv_heads
+        transform = HeadTransform(rope, self.head_norms())
+        return self.o_proj(self.attention(self.qkv_proj(x), transform, context))  # type: ignore[no-any-return]
+
+    def forward_fused(
+        self, x: torch.Tensor, norm: RMSNorm, rope: Rope, context: ForwardContext
+    ) -> torch.Tensor:
+        """x + forward(norm(x)), for few tokens, in few launches."""
+        qkv = self.qkv_proj.forward_around(x, norm.before_product())
+        attended = self.attention(qkv, HeadTransform(rope, self.head_norms()), context)
+        return self.o_proj.forward_around(attended, Around(residual=x))
+
+    def head_norms(self) -> HeadNorms | None:
+        """The weights of both norms, if it has them."""
         if self.q_norm is None or self.k_norm is None:
-            # Queries and keys lie side by side: one rotation for both.
-            rotated = apply_rope(heads[:, :num_rotated], rope)
-            query, key = rotated[:, : spec.num_heads], rotated[:, spec.num_heads :]
-        else:
-            query = apply_rope(self.q_norm.normalize(heads[:, : spec.num_heads]), rope)
-            key = apply_rope(self.k_norm.normalize(heads[:, spec.num_heads : num_rotated]), rope)
-        attended = self.attention(query, key, heads[:, num_rotated:], context)
-        return self.o_proj(attended.flatten(1))  # type: ignore[no-any-return]
+            return None
+        eps, add_one = self.q_norm.eps, self.q_norm.add_one
+        return HeadNorms(self.q_norm.weight, self.k_norm.weight, eps, add_one)
 
     def weight_slots(self, prefix: str) -> dict[str, WeightSlot]:
         slots = self.qkv_proj.weight_slots(prefix) | self.o_proj.weight_slots(f"{prefix}.o_proj")

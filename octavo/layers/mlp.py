@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from octavo.errors import UnsupportedModelError
+from octavo.kernels.activation import ACTIVATIONS, gated_activation
+from octavo.kernels.linear import Around
 from octavo.layers.linear import Linear, MergedLinear
+from octavo.layers.norm import RMSNorm
 from octavo.weights.slots import WeightSlot
 
-Activation = Callable[[torch.Tensor], torch.Tensor]
 
-_gelu_tanh = partial(F.gelu, approximate="tanh")
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "gelu_new": _gelu_tanh,
-}
-
-
-def get_activation(name: str) -> Activation:
-    """The activation with transformers' name for it.
+def checked_activation(name: str) -> str:
+    """The name, if there is an activation that transformers calls so.
 
     Raises:
         UnsupportedModelError: there is none; the message lists those there are.
@@ -35,7 +23,7 @@ def get_activation(name: str) -> Activation:
         raise UnsupportedModelError(
             f"Activation {name!r} is not implemented; supported: {', '.join(ACTIVATIONS)}."
         )
-    return ACTIVATIONS[name]
+    return name
 
 
 class GatedMLP(nn.Module):
@@ -54,15 +42,22 @@ class GatedMLP(nn.Module):
         stored_as: str | None = None,
     ) -> None:
         super().__init__()
-        self.activation = get_activation(activation)
+        self.activation = checked_activation(activation)
         parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
         self.gate_up_proj = MergedLinear(size, parts, bias=bias, stored_as=stored_as)
         self.down_proj = Linear(intermediate_size, size, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, size] -> [num_tokens, size]"""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(self.activation(gate) * up)  # type: ignore[no-any-return]
+        gated = gated_activation(self.gate_up_proj(x), self.activation)
+        return self.down_proj(gated)  # type: ignore[no-any-return]
+
+    def forward_fused(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """x + forward(norm(x)), for few tokens, in few launches."""
+        gate_up = self.gate_up_proj.forward_around(x, norm.before_product())
+        return self.down_proj.forward_around(
+            gate_up, Around(activation=self.activation, residual=x)
+        )
 
     def weight_slots(self, prefix: str) -> dict[str, WeightSlot]:
         return {

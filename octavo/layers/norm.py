@@ -5,16 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from octavo.kernels.linear import Around
+from octavo.kernels.norm import rms_norm
 from octavo.layers.parameter import empty_parameter, slot_of
 from octavo.weights.slots import WeightSlot
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in float32.
-
-    With `add_one` (Gemma) the factor is 1 + weight and is applied before rounding to x's dtype;
-    otherwise (Llama) x / rms(x) is rounded first. Both as the reference implementations do.
-    """
+    """x / rms(x) * weight over the last dimension; see `kernels.norm`, also for `add_one`."""
 
     def __init__(self, size: int, eps: float, add_one: bool = False) -> None:
         super().__init__()
@@ -25,17 +23,18 @@ class RMSNorm(nn.Module):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm(x + residual), x + residual); with no residual yet, x is the residual."""
-        residual = x if residual is None else x + residual
-        return self.normalize(residual), residual
+        """(norm(x + residual), x + residual); with no residual yet, x is the residual. The residual
+        that is passed in may be overwritten.
+        """
+        return rms_norm(x, self.weight, self.eps, residual, add_one=self.add_one)
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
         """The norm alone."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        if self.add_one:
-            return (wide * (1.0 + self.weight.float())).to(x.dtype)
-        return self.weight * wide.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, add_one=self.add_one)[0]
+
+    def before_product(self) -> Around:
+        """The norm as part of the product that follows it."""
+        return Around(norm=self.weight, eps=self.eps, add_one=self.add_one)
 
     def weight_slots(self, prefix: str) -> dict[str, WeightSlot]:
         return {f"{prefix}.weight": slot_of(self.weight)}

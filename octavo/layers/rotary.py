@@ -10,21 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from octavo.errors import UnsupportedModelError
+from octavo.kernels.rope import Rope, rotate
 
 DEFAULT_THETA = 10_000.0
-
-
-class Rope(NamedTuple):
-    """The rotation of a step's tokens, in the model's dtype."""
-
-    cos: torch.Tensor  # [num_tokens, 1, rot_dim]
-    sin: torch.Tensor  # [num_tokens, 1, rot_dim], the first half negated
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,20 +106,15 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: torch.Tensor) -> Rope:
         """[num_tokens] -> the tokens' rotations. Once per step, not per layer."""
-        cos, sin = self.table[positions].to(self.dtype).unsqueeze(1).chunk(2, dim=-1)
-        return Rope(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
+        return Rope(self.table, positions, self.dtype)
 
 
 def apply_rope(x: torch.Tensor, rope: Rope) -> torch.Tensor:
     """Rotate the leading rot_dim of each head; pairs are (i, i + rot_dim / 2).
 
-    x: [num_tokens, num_heads, head_dim], and so is the result.
+    x: [num_tokens, num_heads, head_dim], and so is the result; x may be overwritten.
     """
-    rot_dim = rope.cos.shape[-1]
-    rotated = x if rot_dim == x.shape[-1] else x[..., :rot_dim]
-    first, second = rotated.chunk(2, dim=-1)
-    rotated = rotated * rope.cos + torch.cat((second, first), dim=-1) * rope.sin
-    return rotated if rot_dim == x.shape[-1] else torch.cat((rotated, x[..., rot_dim:]), dim=-1)
+    return rotate(x, rope.cos, rope.sin)
 
 
 # ---- scalings: (config, max_model_len) -> frequencies [rot_dim / 2], factor on cos and sin

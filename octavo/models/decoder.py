@@ -12,11 +12,14 @@ from torch import nn
 from octavo.attention.base import AttentionSpec
 from octavo.attention.context import ForwardContext
 from octavo.errors import UnsupportedModelError
+from octavo.kernels.linear import fuses
+from octavo.kernels.rope import Rope
 from octavo.layers.attention import SelfAttention
 from octavo.layers.embedding import Embedding, LMHead
 from octavo.layers.mlp import GatedMLP
+from octavo.layers.moe import MoE
 from octavo.layers.norm import RMSNorm
-from octavo.layers.rotary import Rope, RotaryEmbedding
+from octavo.layers.rotary import RotaryEmbedding
 from octavo.models.base import CausalLM
 from octavo.weights.slots import WeightSlot
 
@@ -32,7 +35,7 @@ class DecoderLayer(nn.Module):
 
     norm_adds_one = False
 
-    def __init__(self, config: Config, self_attn: SelfAttention, mlp: GatedMLP) -> None:
+    def __init__(self, config: Config, self_attn: SelfAttention, mlp: GatedMLP | MoE) -> None:
         super().__init__()
         self.self_attn = self_attn
         self.mlp = mlp
@@ -44,8 +47,13 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None, rope: Rope, context: ForwardContext
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[num_tokens, size] each; x + residual is the layer's input, and so for its result."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[num_tokens, size] each; x + residual is the layer's input, and so for its result. With
+        few tokens on a GPU the sum is finished where it arises, and there is no residual.
+        """
+        if residual is None and fuses(x):
+            x = self.self_attn.forward_fused(x, self.input_layernorm, rope, context)
+            return self.mlp.forward_fused(x, self.post_attention_layernorm), None
         x, residual = self.input_layernorm(x, residual)
         x = self.self_attn(x, rope, context)
         x, residual = self.post_attention_layernorm(x, residual)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from octavo.attention.context import ForwardContext
+from octavo.kernels.rope import Rope
 from octavo.layers.attention import SelfAttention
 from octavo.layers.mlp import GatedMLP
 from octavo.layers.norm import RMSNorm
-from octavo.layers.rotary import Rope
 from octavo.models.decoder import (
     Config,
     DecoderLayer,
@@ -42,7 +42,7 @@ class GemmaLayer(DecoderLayer):
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None, rope: Rope, context: ForwardContext
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         x, residual = self.input_layernorm(x, residual)
         x = self.post_attention_layernorm.normalize(self.self_attn(x, rope, context))
         x, residual = self.pre_feedforward_layernorm(x, residual)

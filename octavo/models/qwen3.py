@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from octavo.layers.attention import SelfAttention
 from octavo.layers.mlp import GatedMLP
+from octavo.layers.moe import MoE
 from octavo.layers.norm import RMSNorm
 from octavo.models.decoder import Config, DecoderLayer, DecoderLM, read_attention_spec
 from octavo.models.qwen2 import qwen_window
@@ -23,8 +24,10 @@ class Qwen3ForCausalLM(DecoderLM):
             out_bias=has_bias,
             qk_norm=(RMSNorm(spec.head_dim, eps), RMSNorm(spec.head_dim, eps)),
         )
-        mlp = GatedMLP(size, config["intermediate_size"], config["hidden_act"])
-        return DecoderLayer(config, self_attn, mlp)
+        return DecoderLayer(config, self_attn, self.make_mlp(config, layer_idx))
+
+    def make_mlp(self, config: Config, layer_idx: int) -> GatedMLP | MoE:
+        return GatedMLP(config["hidden_size"], config["intermediate_size"], config["hidden_act"])
 
     def rope_config(self, config: Config) -> Config:
         return {"head_dim": 128, **config}

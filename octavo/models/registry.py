@@ -14,9 +14,11 @@ REGISTRY: dict[str, str] = {
     "Gemma3ForCausalLM": "octavo.models.gemma3:Gemma3ForCausalLM",
     "LlamaForCausalLM": "octavo.models.llama:LlamaForCausalLM",
     "MistralForCausalLM": "octavo.models.mistral:MistralForCausalLM",
+    "MixtralForCausalLM": "octavo.models.mixtral:MixtralForCausalLM",
     "Phi3ForCausalLM": "octavo.models.phi3:Phi3ForCausalLM",
     "Qwen2ForCausalLM": "octavo.models.qwen2:Qwen2ForCausalLM",
     "Qwen3ForCausalLM": "octavo.models.qwen3:Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM": "octavo.models.qwen3_moe:Qwen3MoeForCausalLM",
 }
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from octavo.config.sections import DeviceInfo
-from octavo.kernels.cpu import library
+from octavo.kernels.cpu.library import is_available
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
@@ -36,7 +36,7 @@ class CpuPlatform:
         return cls() if index == 0 else None
 
     def info(self) -> DeviceInfo:
-        native = library.is_available()
+        native = is_available()
         return DeviceInfo(
             kind="cpu",
             name=f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",

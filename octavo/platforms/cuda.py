@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from octavo.config.sections import DeviceInfo, DType
@@ -33,7 +35,7 @@ class CudaPlatform:
             num_cores=torch.get_num_threads(),
             default_dtype=dtypes[0],
             dtypes=dtypes,
-            attention_backends=("torch",),
+            attention_backends=_attention_backends(),
             supports_graphs=True,
         )
 
@@ -48,3 +50,9 @@ class CudaPlatform:
 
     def memory_free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.torch_device)[0]
+
+
+def _attention_backends() -> tuple[str, ...]:
+    """torch's CUDA builds bring Triton; others may lack it."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    return ("triton", "torch") if has_triton else ("torch",)

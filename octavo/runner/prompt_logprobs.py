@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from octavo.runner.sampler import SampledLogprobs, gather_logprobs
@@ -38,6 +40,10 @@ class PromptLogprobs:
 
     def free(self, row: int) -> None:
         self._wanted.pop(row, None)
+
+    def wants_any(self, rows: npt.NDArray[np.int32]) -> bool:
+        """Whether one of the rows asks for them."""
+        return bool(self._wanted) and not self._wanted.keys().isdisjoint(rows.tolist())
 
     def compute(
         self,

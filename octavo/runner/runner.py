@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,10 +16,14 @@ from octavo.attention import get_backend
 from octavo.attention.base import AttentionBatch, KVLayer
 from octavo.attention.context import ForwardContext
 from octavo.config import EngineConfig
+from octavo.kernels.argmax import argmax
+from octavo.kernels.cpu import library
+from octavo.kernels.cpu.ops import in_charge
 from octavo.models import create_model
 from octavo.platforms import Platform
+from octavo.quant import quantize, stack_layers
 from octavo.runner import memory, prompt_logprobs
-from octavo.runner.graphs import DecodeGraphs
+from octavo.runner.graphs import Capturer, ChunkGraphs, DecodeGraphs, GraphStep, StepModel
 from octavo.runner.inputs import build_inputs
 from octavo.runner.kv import allocate_kv, block_bytes
 from octavo.runner.prompt_logprobs import PromptLogprobs
@@ -27,7 +33,14 @@ from octavo.sched.plan import StepPlan, StepResult
 from octavo.weights.loader import load_weights
 
 # Captured before the first request; the other sizes follow while the engine is idle or on demand.
-_FIRST_GRAPHS = (1, 2, 4, 8)
+_FIRST_DECODES = (1, 4)  # rows
+_FIRST_CHUNKS = (64, 512)  # tokens, of up to 4 sequences
+# Decode sizes between which kernels differ: splits of the context, and how small products are made.
+_COMPILED_DECODES = (1, 2, 3, 4, 8, 16, 32, 128)
+# Graphs keep their activations: those of a chunk may take so much, by its widest layer.
+_CHUNK_GRAPH_BYTES = 128 << 20
+# Rows whose logits exist at once: 256 x 152k x (2 + 4) bytes = 233 MB.
+_LOGITS_PIECE = 256
 
 
 @dataclass(slots=True)
@@ -35,7 +48,7 @@ class PendingStep:
     """A step that was handed to the device. `wait` may be called once."""
 
     _token_ids: torch.Tensor  # [num_samples] int64, on its way to the host
-    _logprobs: SampledLogprobs | None
+    _logprobs: list[SampledLogprobs]
     _prompt_logprobs: dict[int, list[SampledLogprobs]]
     _done: torch.cuda.Event | None = None
 
@@ -45,7 +58,7 @@ class PendingStep:
             self._done.synchronize()
         return StepResult(
             token_ids=self._token_ids.numpy().astype(np.int32),
-            logprobs=self._logprobs.to_host() if self._logprobs is not None else {},
+            logprobs={r: lp for piece in self._logprobs for r, lp in piece.to_host().items()},
             prompt_logprobs=prompt_logprobs.to_host(self._prompt_logprobs),
         )
 
@@ -78,15 +91,19 @@ class ModelRunner:
         self._platform = platform
         self._device = platform.torch_device
         self._dtype: torch.dtype = getattr(torch, config.model.dtype)
-        self._graphs: DecodeGraphs | None = None
+        self._is_native = config.model.quantization != "none"  # as long as only CPUs quantise
+        self._decode_graphs: DecodeGraphs | None = None
+        self._chunk_graphs: ChunkGraphs | None = None
         self._kv: tuple[KVLayer, ...] = ()
         self.report = StartupReport()
         if config.runner.num_threads and self._device.type == "cpu":
-            torch.set_num_threads(config.runner.num_threads)
+            _set_threads(config.runner.num_threads, native=self._is_native)
         with torch.inference_mode():
             with self.report.phase("load"):
                 self._load(progress)
             self._make_rows()
+            with self.report.phase("compile"):
+                self._compile_kernels()
             with self.report.phase("warm_up"):
                 reserve_bytes = self._warm_up()
             with self.report.phase("cache"):
@@ -103,10 +120,14 @@ class ModelRunner:
         with torch.device(self._device), _default_dtype(self._dtype):
             self._model = create_model(model.hf_config, model.max_model_len)
         self._model.eval().requires_grad_(False)
+        quantize(self._model, model.quantization)
         load_weights(self._model, model, progress=progress)
+        if self._is_native:
+            stack_layers(self._model)
         self._backend = get_backend(self._config.runner.attention_backend)
         self._platform.synchronize()
-        self.report.memory_bytes["weights"] = max(0, self._platform.memory_used_bytes() - used)
+        self._weights_end_bytes = self._platform.memory_used_bytes()
+        self.report.memory_bytes["weights"] = max(0, self._weights_end_bytes - used)
 
     def _make_rows(self) -> None:
         runner = self._config.runner
@@ -115,27 +136,47 @@ class ModelRunner:
         self._sampler = Sampler(runner.max_num_seqs, self._config.model.vocab_size, self._device)
         self._prompt_logprobs = PromptLogprobs(self._device)
 
-    def _warm_up(self) -> int:
-        """Run the largest step on a cache of one block, and return what it needs besides
-        weights.
+    def _compile_kernels(self) -> None:
+        """Run a step of each size that kernels are compiled for, all at once: most of a
+        compilation happens outside Python, so threads share it.
         """
         if self._device.type == "cpu":
-            return 0
+            return
         self._allocate(1)
-        used = self._platform.memory_used_bytes()
+        runner = self._config.runner
+        last = runner.max_model_len - 1
+        sizes = [size for size in _COMPILED_DECODES if size <= runner.max_num_seqs]
+        chunk_len = min(runner.max_num_batched_tokens, runner.max_model_len)
+        plans = [_warm_up_plan(1, chunk_len), _warm_up_plan(1, min(16, chunk_len))]
+        plans += [_warm_up_plan(size, 1, start=last, num_decodes=size) for size in sizes]
+        with ThreadPoolExecutor(len(plans)) as pool:
+            list(pool.map(self._run_in_thread, plans))
+        self._platform.synchronize()
+
+    def _run_in_thread(self, plan: StepPlan) -> None:
+        with torch.inference_mode():  # both are per thread
+            torch.cuda.set_device(self._device)
+            self._run(plan).wait()
+
+    def _warm_up(self) -> int:
+        """Run the largest steps on a cache of one block; the bytes that they need."""
+        if self._device.type == "cpu":
+            return 0
         runner = self._config.runner
         chunk_len = min(runner.max_num_batched_tokens, runner.max_model_len)
         num_rows = min(runner.max_num_seqs, runner.max_num_batched_tokens // chunk_len)
         self._run(_warm_up_plan(num_rows, chunk_len)).wait()
         self._run(_warm_up_plan(runner.max_num_seqs, 1)).wait()
         if self._uses_graphs:
-            graphs = self._new_graphs()
-            graphs.capture_next((runner.max_num_seqs,))
-            del graphs
+            decodes, chunks = self._new_graphs()
+            decodes.capture(runner.max_num_seqs)
+            chunks.capture(chunks.token_ladder[-1], chunks.sequence_ladder[-1])
+            del decodes, chunks
         self._platform.synchronize()
-        reserve_bytes = max(0, self._platform.memory_peak_bytes() - used)
+        reserve_bytes = max(0, self._platform.memory_peak_bytes() - self._weights_end_bytes)
         self.report.memory_bytes["workspace"] = reserve_bytes
         self._kv = ()
+        gc.collect()
         torch.cuda.empty_cache()
         return reserve_bytes
 
@@ -160,30 +201,42 @@ class ModelRunner:
         if not self._uses_graphs:
             return
         used = self._platform.memory_used_bytes()
-        self._graphs = self._new_graphs()
-        while self._graphs.capture_next(_FIRST_GRAPHS):
-            pass
+        decodes, chunks = self._decode_graphs, self._chunk_graphs = self._new_graphs()
+        for size in _FIRST_DECODES:
+            if size in decodes.ladder:
+                decodes.capture(size)
+        for num_tokens in _FIRST_CHUNKS:
+            if num_tokens in chunks.token_ladder:
+                chunks.capture(num_tokens, chunks.sequence_ladder[0])
         self._platform.synchronize()
         self.report.memory_bytes["graphs"] = self._platform.memory_used_bytes() - used
 
-    def _new_graphs(self) -> DecodeGraphs:
-        return DecodeGraphs(
-            self._rows,
-            self._config.cache.block_size,
-            self._config.runner.max_model_len,
-            self._forward,
-            self._model.compute_logits,
+    def _new_graphs(self) -> tuple[DecodeGraphs, ChunkGraphs]:
+        runner, block_size = self._config.runner, self._config.cache.block_size
+        model, capturer = StepModel(self._forward, self._pick_greedily), Capturer(self._device)
+        widest = max(parameter.shape[0] for parameter in self._layer_parameters())
+        most_tokens = _CHUNK_GRAPH_BYTES // (widest * self._dtype.itemsize)
+        max_tokens = min(runner.max_num_batched_tokens, most_tokens)
+        decodes = DecodeGraphs(model, capturer, self._rows, block_size, runner.max_model_len)
+        chunks = ChunkGraphs(
+            model, capturer, self._rows, block_size, max_tokens, runner.max_model_len
         )
+        return decodes, chunks
+
+    def _layer_parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Weights of the layers; embedding and head see few tokens or copy them."""
+        for name, parameter in self._model.named_parameters():
+            if ".layers." in f".{name}" and parameter.ndim == 2:
+                yield parameter
 
     # -- steps
 
     def submit(self, plan: StepPlan) -> PendingStep:
         """Queue a step on the device; on a CPU it runs here and now."""
-        with torch.inference_mode():
+        with torch.inference_mode(), in_charge(self._is_native):
             self._update_rows(plan)
-            if self._graphs is not None and plan.num_decodes == len(plan.rows):
-                return self._replay(self._graphs, plan)
-            return self._run(plan)
+            step = self._replay(plan)
+            return self._run(plan) if step is None else self._after_replay(plan, step)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run a step and wait for it."""
@@ -191,8 +244,29 @@ class ModelRunner:
 
     def prepare_more(self) -> bool:
         """Use an idle moment: capture one more graph. False when there is nothing left to do."""
+        decodes, chunks = self._decode_graphs, self._chunk_graphs
+        if decodes is None or chunks is None:
+            return False
         with torch.inference_mode():
-            return self._graphs is not None and self._graphs.capture_next()
+            for size in decodes.ladder:
+                if not decodes.is_captured(size):
+                    decodes.capture(size)
+                    return True
+            for num_tokens in chunks.token_ladder:
+                for num_seqs in chunks.sequence_ladder:
+                    if num_seqs <= num_tokens and not chunks.is_captured(num_tokens, num_seqs):
+                        chunks.capture(num_tokens, num_seqs)
+                        return True
+        return False
+
+    def close(self) -> None:
+        """Free the device's memory. The runner cannot be used afterwards."""
+        self._decode_graphs = self._chunk_graphs = None
+        self._kv = ()
+        del self._model, self._rows, self._sampler, self._backend
+        gc.collect()  # graphs and runner refer to each other
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _update_rows(self, plan: StepPlan) -> None:
         for row in plan.freed_rows:
@@ -210,18 +284,22 @@ class ModelRunner:
         hidden: torch.Tensor = self._model(token_ids, positions, context)
         return hidden
 
-    def _replay(self, graphs: DecodeGraphs, plan: StepPlan) -> PendingStep:
-        """A step in which every row decodes one token."""
-        greedy = self._sampler.is_plain_greedy(plan.rows)
-        step = graphs.replay(plan.rows, greedy=greedy)
+    def _replay(self, plan: StepPlan) -> GraphStep | None:
+        """Queue the step as a graph, where there is one for it."""
+        if self._decode_graphs is None or self._chunk_graphs is None:
+            return None
+        greedy = self._sampler.is_plain_greedy(plan.rows[plan.samples])
+        if plan.num_decodes == len(plan.rows):
+            return self._decode_graphs.replay(plan.rows, greedy=greedy)
+        if self._prompt_logprobs.wants_any(plan.rows):
+            return None
+        return self._chunk_graphs.try_replay(plan, greedy=greedy)
+
+    def _after_replay(self, plan: StepPlan, step: GraphStep) -> PendingStep:
         if step.token_ids is not None:
-            return self._pending(step.token_ids, None, {})
-        assert step.logits is not None
-        token_ids, logprobs = self._sampler.sample(
-            step.logits, plan.rows, plan.starts + plan.chunk_lens
-        )
-        self._rows.last_token_ids[to_device(plan.rows.astype(np.int64), self._device)] = token_ids
-        return self._pending(token_ids, logprobs, {})
+            return self._pending(step.token_ids, [], {})
+        assert step.hidden is not None
+        return self._sample(plan, step.hidden, {})
 
     def _run(self, plan: StepPlan) -> PendingStep:
         """Any step, operation by operation."""
@@ -229,19 +307,39 @@ class ModelRunner:
         hidden = self._forward(inputs.token_ids, inputs.positions, inputs.batch)
         self._rows.num_computed[inputs.seq_rows] = inputs.seq_lens
         prompt_results = self._prompt_logprobs.compute(plan, hidden, self._model.compute_logits)
-        sampled_rows = plan.rows[plan.samples]
-        if not len(sampled_rows):
-            return PendingStep(torch.empty(0, dtype=torch.int64), None, prompt_results)
-        logits = self._model.compute_logits(hidden[inputs.sample_indices])
-        positions = (plan.starts + plan.chunk_lens)[plan.samples]
-        token_ids, logprobs = self._sampler.sample(logits, sampled_rows, positions)
-        self._rows.last_token_ids[inputs.sample_rows] = token_ids
+        return self._sample(plan, hidden[inputs.sample_indices], prompt_results)
+
+    def _sample(
+        self,
+        plan: StepPlan,
+        hidden: torch.Tensor,  # [num_samples, hidden_size]
+        prompt_results: dict[int, list[SampledLogprobs]],
+    ) -> PendingStep:
+        """Logits and tokens, piece by piece, which bounds the memory they take."""
+        rows, positions = plan.rows[plan.samples], (plan.starts + plan.chunk_lens)[plan.samples]
+        if not len(rows):
+            return PendingStep(torch.empty(0, dtype=torch.int64), [], prompt_results)
+        pieces, logprobs = [], []
+        for start in range(0, len(rows), _LOGITS_PIECE):
+            part = slice(start, start + _LOGITS_PIECE)
+            logits = self._model.compute_logits(hidden[part])
+            token_ids, reported = self._sampler.sample(logits, rows[part], positions[part])
+            pieces.append(token_ids)
+            if reported is not None:
+                logprobs.append(reported)
+        token_ids = torch.cat(pieces)
+        self._rows.last_token_ids[to_device(rows.astype(np.int64), self._device)] = token_ids
         return self._pending(token_ids, logprobs, prompt_results)
+
+    def _pick_greedily(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, hidden_size] -> the most likely tokens, [n] int64."""
+        pieces = torch.split(hidden, _LOGITS_PIECE)
+        return torch.cat([argmax(self._model.compute_logits(piece)) for piece in pieces])
 
     def _pending(
         self,
         token_ids: torch.Tensor,
-        logprobs: SampledLogprobs | None,
+        logprobs: list[SampledLogprobs],
         prompt_results: dict[int, list[SampledLogprobs]],
     ) -> PendingStep:
         if self._device.type == "cpu":
@@ -253,16 +351,24 @@ class ModelRunner:
         return PendingStep(host, logprobs, prompt_results, done)
 
 
-def _warm_up_plan(num_rows: int, chunk_len: int) -> StepPlan:
-    """`num_rows` chunks that all write to block 0."""
+def _set_threads(num_threads: int, *, native: bool) -> None:
+    """To the pool that does the work: idle threads of the other would spin on its cores."""
+    torch.set_num_threads(1 if native else num_threads)
+    library.set_threads(num_threads if native else 1)
+
+
+def _warm_up_plan(
+    num_rows: int, chunk_len: int, *, start: int = 0, num_decodes: int = 0
+) -> StepPlan:
+    """`num_rows` chunks that all read and write block 0."""
     return StepPlan(
         step=-1,
         rows=np.arange(num_rows, dtype=np.int32),
-        starts=np.zeros(num_rows, np.int32),
+        starts=np.full(num_rows, start, np.int32),
         chunk_lens=np.full(num_rows, chunk_len, np.int32),
         samples=np.ones(num_rows, np.bool_),
-        num_decodes=0,
-        token_ids=np.zeros(num_rows * chunk_len, np.int32),
+        num_decodes=num_decodes,
+        token_ids=np.zeros((num_rows - num_decodes) * chunk_len, np.int32),
     )
 
 

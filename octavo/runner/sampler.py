@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from octavo.kernels.argmax import argmax
 from octavo.runner.penalties import RowConstraints, make_constraints
 from octavo.runner.random import uniforms
 from octavo.runner.rows import to_device
@@ -192,7 +193,7 @@ class Sampler:
         """Greedy rows, free rows and rows with top_k or top_p each go their own way."""
         greedy = self._temperature[rows] == 0.0
         if greedy.all():
-            return logits.argmax(dim=-1)
+            return argmax(logits)
         narrow = ~greedy & ((self._top_k[rows] > 0) | (self._top_p[rows] < 1.0))
         token_ids = torch.empty(len(rows), dtype=torch.int64, device=self._device)
         for mask, draw in (

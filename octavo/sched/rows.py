@@ -4,11 +4,10 @@ Columns rather than objects, so that a steady decode step costs a handful of arr
 however many requests run. By position, a row's sequence looks like this:
 
     [0, num_computed)            KV is in the cache, or will be by the steps in flight
-    [num_computed, num_total)    to be computed; num_total counts tokens that steps in flight will
-    sample [0, num_known)               tokens whose values the host has seen
-    [0, num_admitted)            tokens that were known when the request took the row: these reach
-    the
-                                 device in plans, all later ones are sampled there
+    [num_computed, num_total)    to be computed; counts tokens that steps in flight will sample
+    [0, num_known)               tokens whose values the host has seen
+    [0, num_admitted)            tokens known when the request took the row: these reach the device
+                                 in plans, all later ones are sampled there
 """
 
 from __future__ import annotations

@@ -284,6 +284,13 @@ class Scheduler:
             stats=self._take_stats(step_s),
         )
 
+    def drop(self, plan: StepPlan) -> None:
+        """Forget a step that failed or was cut short. The caller must abort the requests that were
+        in it; the prefix index goes, as `_after_chunks` has published what was never written.
+        """
+        self._serials_in_flight.pop(plan.step, None)
+        self.cache.reset_prefix_index()
+
     def _commit_outputs(self, live: Int32Array) -> None:
         """Publish blocks that generated tokens have filled: all but the newest token are
         computed.

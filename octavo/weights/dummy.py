@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
+
+from octavo.weights.slots import WeightSlot
 
 _RANGE = 0.035  # uniform in ±0.035 has the usual initial deviation of 0.02, and is quick to draw
 
@@ -25,3 +29,11 @@ def fill_dummy(model: nn.Module, seed: int) -> None:
             parameter.fill_(1.0)
         else:
             parameter.uniform_(-_RANGE, _RANGE, generator=generators[device])
+
+
+def fill_dummy_blocks(slots: Iterable[WeightSlot], seed: int) -> None:
+    """Fill the slots that hold their weights in blocks, and so have no parameter."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    for slot in slots:
+        if slot.load_blocks is not None:
+            slot.load(torch.empty(slot.shape).uniform_(-_RANGE, _RANGE, generator=generator))

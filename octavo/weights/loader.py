@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from octavo.config.sections import ModelConfig
 from octavo.errors import WeightsError
-from octavo.weights.dummy import fill_dummy
+from octavo.weights.blocks import Blocks
+from octavo.weights.dummy import fill_dummy, fill_dummy_blocks
 from octavo.weights.gguf import iter_gguf
 from octavo.weights.safetensors import iter_safetensors
 from octavo.weights.slots import WeightSlot
@@ -49,11 +50,14 @@ def load_weights(model: nn.Module, config: ModelConfig, progress: bool = True) -
     """
     if config.load_format == "dummy":
         fill_dummy(model, config.seed)
+        if isinstance(model, LoadableModel):
+            fill_dummy_blocks(model.weight_slots().values(), config.seed)
         return
     if not isinstance(model, LoadableModel):
         raise TypeError(f"{type(model).__name__} has no weight_slots() and ignored_weights")
+    tensors: Iterator[tuple[str, torch.Tensor | Blocks]]
     if config.load_format == "gguf":
-        tensors = iter_gguf(config.path)
+        tensors = iter_gguf(config.weight_files[0])
     else:
         tensors = iter_safetensors(config.weight_files)
     if "text_part_of" in config.hf_config:
@@ -69,7 +73,7 @@ def load_weights(model: nn.Module, config: ModelConfig, progress: bool = True) -
 def feed(
     slots: dict[str, WeightSlot],
     ignored: Sequence[str],
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Iterable[tuple[str, torch.Tensor | Blocks]],
     progress: bool = False,
     total_bytes: int | None = None,
 ) -> None:
@@ -110,12 +114,21 @@ def feed(
                 faults["of the wrong shape"].append(f"{name} ({shapes})")
                 seen.add(name)
             else:
-                slot.load(tensor)
+                _load(slot, tensor)
                 seen.add(name)
-            bar.update(tensor.numel() * tensor.element_size())
+            bar.update((tensor.data if isinstance(tensor, Blocks) else tensor).nbytes)
     faults["missing"] = [name for name in slots if name not in seen]
     if any(faults.values()):
         raise WeightsError(_report(faults))
+
+
+def _load(slot: WeightSlot, tensor: torch.Tensor | Blocks) -> None:
+    if not isinstance(tensor, Blocks):
+        slot.load(tensor)
+    elif slot.load_blocks is not None:
+        slot.load_blocks(tensor)
+    else:
+        slot.load(tensor.dequantize())
 
 
 _FAULTS = ("missing", "unexpected", "doubled", "of the wrong shape")
@@ -130,7 +143,9 @@ def _report(faults: dict[str, list[str]]) -> str:
     return "tensors " + "; ".join(parts) + "."
 
 
-def _text_part(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+def _text_part(
+    tensors: Iterable[tuple[str, torch.Tensor | Blocks]],
+) -> Iterator[tuple[str, torch.Tensor | Blocks]]:
     """The text model's tensors of a multimodal checkpoint under their plain names; the rest (vision
     tower, projector) is left out.
     """

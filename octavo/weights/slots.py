@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from octavo.weights.blocks import Blocks
+
 
 @dataclass(frozen=True, slots=True)
 class WeightSlot:
@@ -19,3 +21,5 @@ class WeightSlot:
 
     shape: tuple[int, ...]
     load: Callable[[torch.Tensor], None]  # copies (and casts) into the parameter, or a part of it
+    # Takes 4- or 8-bit blocks as they are; None where they must be dequantised first.
+    load_blocks: Callable[[Blocks], None] | None = None

@@ -48,6 +48,19 @@ def test_a_signal_ends_server_and_engine_with_status_0(
         assert not is_running(engine)
 
 
+def test_a_signal_to_the_engine_alone_is_left_to_the_server(smollm2_dir: Path) -> None:
+    """systemd and terminals signal every process; requests must be able to finish."""
+    with running_server() as server:
+        [engine] = server.engine_pids()
+        os.kill(engine, signal.SIGTERM)
+        os.kill(engine, signal.SIGINT)
+        with urllib.request.urlopen(f"{server.url}/health") as response:
+            assert response.status == 200
+        assert is_running(engine)
+        assert server.stop(signal.SIGTERM) == 0
+        assert not is_running(engine)
+
+
 def test_the_engine_does_not_outlive_a_killed_server(smollm2_dir: Path) -> None:
     with running_server() as server:
         [engine] = server.engine_pids()

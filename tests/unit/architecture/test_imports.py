@@ -15,7 +15,7 @@ PACKAGE = ROOT / "octavo"
 # Each room with all that it may import, besides itself.
 BASE = {"types", "errors", "env", "log"}
 DECIDE = {"kvcache", "sched"}
-DEVICE = {"platforms", "kernels", "attention", "weights", "layers", "models", "runner"}
+DEVICE = {"platforms", "kernels", "attention", "weights", "layers", "models", "quant", "runner"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "types": {"errors"},
@@ -25,12 +25,13 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": BASE | {"config"},
     "kvcache": BASE,
     "sched": BASE | {"config", "kvcache"},
-    "platforms": BASE | {"config"},
+    "platforms": BASE | {"config", "kernels.cpu.library"},  # what this machine can run
     "kernels": BASE | {"platforms"},
     "attention": BASE | {"config", "platforms", "kernels"},
     "weights": BASE | {"config", "checkpoint"},
     "layers": BASE | {"config", "platforms", "kernels", "attention", "weights"},
     "models": BASE | {"config", "kernels", "attention", "weights", "layers"},
+    "quant": BASE | {"config", "kernels", "attention", "weights", "layers", "models"},
     "runner": BASE | {"config", "checkpoint", "sched.plan"} | (DEVICE - {"runner"}),
     "text": BASE | {"config", "checkpoint"},
     "engine": BASE | {"config", "checkpoint", "text"} | DECIDE | DEVICE,

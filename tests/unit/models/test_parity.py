@@ -77,6 +77,17 @@ CASES = {
             "max_window_layers": 2,
         },
     ),
+    "qwen3-moe": Case(
+        "Qwen3Moe",
+        {"head_dim": 32, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+        | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [1]},
+    ),
+    "qwen3-moe-sparse": Case(
+        "Qwen3Moe",
+        {"head_dim": 16, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        | {"norm_topk_prob": False, "decoder_sparse_step": 2},
+    ),
+    "mixtral": Case("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gemma2": Case(
         "Gemma2",
         {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8}

@@ -10,6 +10,7 @@ import torch
 
 from octavo import platforms
 from octavo.errors import ConfigError
+from octavo.kernels.cpu.library import is_available
 from octavo.platforms import CpuPlatform, CudaPlatform, detect
 
 GIB = 1 << 30
@@ -35,7 +36,8 @@ def test_this_machine():
     assert 1 <= info.num_cores <= (os.cpu_count() or 1)
     assert 0 < info.free_memory_bytes <= info.total_memory_bytes
     assert info.default_dtype == "float32" == info.dtypes[0]
-    assert info.attention_backends == ("torch",)
+    assert info.attention_backends[-1] == "torch"
+    assert ("native" in info.attention_backends) == is_available() == bool(info.quantizations)
     platform = detect("cpu")
     platform.synchronize()
     assert platform.torch_device == torch.device("cpu")

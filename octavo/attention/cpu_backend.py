@@ -1,0 +1,128 @@
+"""Paged attention in native code, for float32 on a CPU.
+
+Keys and values are read where they lie in the cache, once for all query heads that share them, with
+an online softmax in float32. A long sequence is summed up in segments of fixed length that are
+merged in order, so that threads can share it; a token's result depends on its own sequence alone,
+bit for bit, whatever the batch and however its prompt was cut into chunks.
+"""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+
+from octavo.attention.base import AttentionBatch, AttentionSpec, KVLayer
+from octavo.attention.torch_backend import TorchAttention
+from octavo.kernels.cpu import ops
+from octavo.kernels.cpu.library import AttentionCall, Batch, load
+from octavo.kernels.qkv import HeadTransform, split_and_rotate
+
+
+class NativeBatch:
+    """A batch as the kernels read it. Made once per step."""
+
+    def __init__(self, batch: AttentionBatch, block_size: int) -> None:
+        self.batch = batch
+        self.num_tokens = sum(batch.query_lens)
+        num_seqs = len(batch.query_lens)
+        lens = torch.tensor((batch.query_lens, batch.host_seq_lens), dtype=torch.int32)
+        slots, tables = batch.slot_mapping.contiguous(), batch.block_tables.contiguous()
+        self._owned = (lens, slots, tables)  # what the pointers lead to
+        self.pointer = byref(
+            Batch(
+                slots.data_ptr(),
+                lens.data_ptr(),
+                lens.data_ptr() + lens.element_size() * num_seqs,
+                tables.data_ptr(),
+                tables.stride(0),
+                self.num_tokens,
+                num_seqs,
+                block_size,
+            )
+        )
+
+
+class NativeAttention:
+    """Head sizes that are multiples of 16, up to 256; anything else is left to torch.
+
+    It remembers the last batch in native form and nothing else.
+    """
+
+    name = "native"
+    supports_graphs = False
+
+    def __init__(self) -> None:
+        self._library = load()
+        self._batch: NativeBatch | None = None
+        self._fallback = TorchAttention()
+
+    def takes(self, spec: AttentionSpec, kv: KVLayer) -> bool:
+        """Whether the native kernel can do it."""
+        fits = self._library is not None and self._library.octavo_attention_fits(
+            spec.num_heads, spec.num_kv_heads, spec.head_dim
+        )
+        return bool(fits) and ops.suits(kv.k)
+
+    def native_batch(self, batch: AttentionBatch, kv: KVLayer) -> NativeBatch:
+        if self._batch is None or self._batch.batch is not batch:
+            self._batch = NativeBatch(batch, kv.k.shape[1])
+        return self._batch
+
+    def forward(
+        self,
+        query: torch.Tensor,  # [num_tokens, num_heads, head_dim]
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]
+        value: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]
+        kv: KVLayer,
+        batch: AttentionBatch,
+        spec: AttentionSpec,
+    ) -> torch.Tensor:  # [num_tokens, num_heads, head_dim]
+        """See `AttentionBackend.forward`. Rows beyond the batch's sequences (padding) are zero."""
+        if not (ops.suits(query) and self.takes(spec, kv)):
+            return self._fallback.forward(query, key, value, kv, batch, spec)
+        assert self._library is not None
+        native = self.native_batch(batch, kv)
+        query, key, value = _dense(query), _dense(key), _dense(value)
+        output = torch.empty(query.shape)
+        output[native.num_tokens :] = 0
+        call = AttentionCall(
+            query.data_ptr(),
+            query.stride(0),
+            output.data_ptr(),
+            kv.k.data_ptr(),
+            kv.v.data_ptr(),
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            spec.sliding_window or 0,
+            spec.scale,
+            spec.logit_softcap or 0.0,
+        )
+        self._library.octavo_attention(
+            byref(call),
+            native.pointer,
+            key.data_ptr(),
+            key.stride(0),
+            value.data_ptr(),
+            value.stride(0),
+        )
+        return output
+
+    def forward_packed(
+        self,
+        qkv: torch.Tensor,  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
+        transform: HeadTransform,
+        kv: KVLayer,
+        batch: AttentionBatch,
+        spec: AttentionSpec,
+    ) -> torch.Tensor:  # [num_tokens, num_heads, head_dim]
+        """See `PackedAttention.forward_packed`."""
+        heads = split_and_rotate(qkv, spec.num_heads, spec.num_kv_heads, transform)
+        return self.forward(*heads, kv, batch, spec)
+
+
+def _dense(heads: torch.Tensor) -> torch.Tensor:
+    """Heads side by side within a token; tokens may be further apart."""
+    is_dense = heads.stride(-1) == 1 and heads.stride(1) == heads.shape[2]
+    return heads if is_dense else heads.contiguous()

@@ -1,0 +1,1 @@
+"""Native CPU kernels: C sources, their loader, and the functions that call them."""

@@ -1,0 +1,395 @@
+/* The functions that Python calls to compute. Each is a few loops over the pool; `octavo_layers` runs
+ * a whole stack of transformer layers, because at one token a call from Python costs more than most
+ * of the work. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "native.h"
+
+/* Memory that grows with need and is kept: mapping fresh pages costs more than most of the work. */
+static void *scratch(size_t num_bytes) {
+    static void *memory;
+    static size_t size;
+    if (num_bytes > size) {
+        free(memory);
+        size = num_bytes + num_bytes / 2;
+        if (posix_memalign(&memory, 64, size)) abort();
+    }
+    return memory;
+}
+
+/* Rows in chunks that are worth handing out: about `row_cost` nanoseconds each row. */
+static int32_t row_chunks(int64_t num_rows, int64_t row_cost) {
+    int64_t worth = divide_up(4000, row_cost); /* rows */
+    return least(divide_up(num_rows, worth), 8 * (int64_t)pool_threads());
+}
+
+/* ---- linear */
+
+typedef struct {
+    const matrix *m;
+    activations *acts;
+    const float *x, *bias;
+    float *out;
+    int64_t num_rows, x_stride, out_stride;
+    int32_t num_chunks, num_panels, num_tiles;
+} linear_context;
+
+static void quantize_rows(void *context, int32_t chunk) {
+    const linear_context *c = context;
+    ROWS_OF(chunk, c->num_rows, c->num_chunks);
+    for (int64_t row = begin; row < end; row++)
+        active->quantize(c->x + row * c->x_stride, c->m->in_features, c->acts, row);
+}
+
+/* Rows that are multiplied with a panel before the next one: what stays in the second-level cache. */
+#define TILE_ROWS 128
+
+static void multiply_panels(void *context, int32_t chunk) {
+    const linear_context *c = context;
+    int32_t per_tile = c->num_chunks / c->num_tiles, tile = chunk / per_tile;
+    int64_t row_end = least((int64_t)(tile + 1) * TILE_ROWS, c->num_rows);
+    ROWS_OF(chunk % per_tile, c->num_panels, per_tile);
+    active->linear(c->m, c->acts, (int64_t)tile * TILE_ROWS, row_end, c->bias, c->out,
+                   c->out_stride, (int32_t)begin, (int32_t)end);
+}
+
+static activations make_activations(int64_t num_rows, int32_t num_groups) {
+    int64_t cells = num_rows * num_groups;
+    char *memory = scratch((size_t)cells * (GROUP + 12));
+    activations a = {.q = (int8_t *)memory, .num_groups = num_groups};
+    a.scale = (float *)(memory + cells * GROUP);
+    a.sum = (int32_t *)(a.scale + cells);
+    a.xsum = (float *)(a.sum + cells);
+    return a;
+}
+
+/* out = x @ m.T + bias. x: [num_rows][in_features], out: [num_rows][out_features], float32. */
+static void multiply(const matrix *m, const float *x, int64_t num_rows, int64_t x_stride,
+                     const float *bias, float *out) {
+    activations acts = make_activations(num_rows, m->num_groups);
+    linear_context c = {m, &acts, x, bias, out, num_rows, x_stride, m->out_features, 0, 0, 0};
+    c.num_chunks = row_chunks(num_rows, m->in_features / 4 + 1);
+    pool_run(c.num_chunks, quantize_rows, &c);
+    c.num_panels = (int32_t)divide_up(m->out_features, active->lanes);
+    c.num_tiles = (int32_t)divide_up(num_rows, TILE_ROWS);
+    /* Chunks of at least 16k multiplications, but enough of them that the last one is short. */
+    int64_t panel_work = (int64_t)active->lanes * m->in_features * least(num_rows, TILE_ROWS);
+    int64_t most = divide_up(c.num_panels * panel_work, 1 << 14);
+    int32_t per_tile = least(least(c.num_panels, most), 8 * (int64_t)pool_threads());
+    c.num_chunks = per_tile * c.num_tiles;
+    pool_run(c.num_chunks, multiply_panels, &c);
+}
+
+EXPORT void octavo_linear(const matrix *m, const float *x, int64_t num_rows, int64_t x_stride,
+                          const float *bias, float *out) {
+    pthread_mutex_lock(&one_caller);
+    multiply(m, x, num_rows, x_stride, bias, out);
+    pthread_mutex_unlock(&one_caller);
+}
+
+/* ---- rows */
+
+typedef struct {
+    float *x;
+    const float *a, *b;
+    float *out, *residual;
+    int64_t num_rows, size, token_stride, head_stride;
+    int32_t num_chunks, num_heads, option;
+    float eps;
+} row_context;
+
+static void norm_rows(void *context, int32_t chunk) {
+    const row_context *c = context;
+    ROWS_OF(chunk, c->num_rows, c->num_chunks);
+    for (int64_t i = begin; i < end; i++)
+        active->rms_norm(c->x + i * c->token_stride, c->residual ? c->residual + i * c->size : NULL,
+                         c->a, c->out + i * c->size, c->size, c->eps, c->option);
+}
+
+/* out = norm(x + residual); residual, where there is one, becomes x + residual. */
+static void norm(const float *x, int64_t x_stride, float *residual, const float *weight, float *out,
+                 int64_t num_rows, int64_t size, float eps, int32_t add_one) {
+    row_context c = {.x = (float *)x, .a = weight, .out = out, .residual = residual,
+                     .num_rows = num_rows, .size = size, .token_stride = x_stride,
+                     .option = add_one, .eps = eps};
+    c.num_chunks = row_chunks(num_rows, size / 4 + 1);
+    pool_run(c.num_chunks, norm_rows, &c);
+}
+
+EXPORT void octavo_rms_norm(const float *x, int64_t x_stride, float *residual, const float *weight,
+                            float *out, int64_t num_rows, int64_t size, float eps,
+                            int32_t add_one) {
+    pthread_mutex_lock(&one_caller);
+    norm(x, x_stride, residual, weight, out, num_rows, size, eps, add_one);
+    pthread_mutex_unlock(&one_caller);
+}
+
+static void rotate_rows(void *context, int32_t chunk) {
+    const row_context *c = context;
+    ROWS_OF(chunk, c->num_rows, c->num_chunks);
+    for (int64_t i = begin; i < end; i++)
+        for (int32_t h = 0; h < c->num_heads; h++)
+            active->rotate(c->x + i * c->token_stride + h * c->head_stride, c->a + i * c->size,
+                           c->b + i * c->size, c->size);
+}
+
+/* Rotate the leading rot_dim of every head in place. cos, sin: [num_tokens][rot_dim]. */
+static void rotate(float *x, int64_t num_tokens, int64_t token_stride, int32_t num_heads,
+                   int64_t head_stride, const float *cos, const float *sin, int64_t rot_dim) {
+    row_context c = {.x = x, .a = cos, .b = sin, .num_rows = num_tokens, .size = rot_dim,
+                     .token_stride = token_stride, .head_stride = head_stride,
+                     .num_heads = num_heads};
+    c.num_chunks = row_chunks(num_tokens, num_heads * rot_dim / 4 + 1);
+    pool_run(c.num_chunks, rotate_rows, &c);
+}
+
+EXPORT void octavo_rotate(float *x, int64_t num_tokens, int64_t token_stride, int32_t num_heads,
+                          int64_t head_stride, const float *cos, const float *sin,
+                          int64_t rot_dim) {
+    pthread_mutex_lock(&one_caller);
+    rotate(x, num_tokens, token_stride, num_heads, head_stride, cos, sin, rot_dim);
+    pthread_mutex_unlock(&one_caller);
+}
+
+static void gate_rows(void *context, int32_t chunk) {
+    const row_context *c = context;
+    ROWS_OF(chunk, c->num_rows, c->num_chunks);
+    for (int64_t i = begin; i < end; i++) {
+        const float *gate = c->x + i * c->token_stride;
+        active->gate(gate, gate + c->size, c->out + i * c->size, c->size, c->option);
+    }
+}
+
+/* out[i] = act(gate_up[i][:size]) * gate_up[i][size:]. */
+static void gate(const float *gate_up, int64_t stride, float *out, int64_t num_rows, int64_t size,
+                 int32_t act) {
+    row_context c = {.x = (float *)gate_up, .out = out, .num_rows = num_rows, .size = size,
+                     .token_stride = stride, .option = act};
+    c.num_chunks = row_chunks(num_rows, size + 1);
+    pool_run(c.num_chunks, gate_rows, &c);
+}
+
+EXPORT void octavo_gate(const float *gate_up, int64_t stride, float *out, int64_t num_rows,
+                        int64_t size, int32_t act) {
+    pthread_mutex_lock(&one_caller);
+    gate(gate_up, stride, out, num_rows, size, act);
+    pthread_mutex_unlock(&one_caller);
+}
+
+typedef struct {
+    const float *x;
+    int64_t size;
+    int64_t *out;
+} argmax_context;
+
+static void argmax_row(void *context, int32_t row) {
+    const argmax_context *c = context;
+    c->out[row] = active->argmax(c->x + row * c->size, c->size);
+}
+
+/* The first index of each row's largest value. */
+EXPORT void octavo_argmax(const float *x, int64_t num_rows, int64_t size, int64_t *out) {
+    pthread_mutex_lock(&one_caller);
+    argmax_context c = {x, size, out};
+    pool_run((int32_t)num_rows, argmax_row, &c);
+    pthread_mutex_unlock(&one_caller);
+}
+
+/* ---- attention */
+
+typedef struct {
+    const attention *a;
+    const batch *b;
+    attention_item *items;
+    int32_t num_items, num_chunks;
+    const float *key, *value;
+    int64_t key_stride, value_stride;
+} attention_context;
+
+static void write_rows(void *context, int32_t chunk) {
+    const attention_context *c = context;
+    size_t width = (size_t)c->a->num_kv_heads * c->a->head_dim;
+    ROWS_OF(chunk, c->b->num_tokens, c->num_chunks);
+    for (int64_t i = begin; i < end; i++) {
+        int64_t to = c->b->slots[i] * (int64_t)width;
+        memcpy(c->a->k + to, c->key + i * c->key_stride, width * sizeof(float));
+        memcpy(c->a->v + to, c->value + i * c->value_stride, width * sizeof(float));
+    }
+}
+
+static void attend_items(void *context, int32_t chunk) {
+    const attention_context *c = context;
+    ROWS_OF(chunk, c->num_items, c->num_chunks);
+    for (int64_t i = begin; i < end; i++) active->attend(c->a, c->b, &c->items[i]);
+}
+
+/* Items of one sequence and KV head: [tiles of queries], or [segments] for a lone query. */
+static int32_t add_items(const attention *a, attention_item *items, attention_item base,
+                         int32_t query_len, int32_t seq_len, int32_t split, float **partials) {
+    int32_t group = a->num_heads / a->num_kv_heads, first = seq_len - query_len, num = 0;
+    if (split) {
+        int32_t from = a->window && seq_len > a->window ? (seq_len - a->window) / SEGMENT : 0;
+        for (int32_t s = from; s < (seq_len + SEGMENT - 1) / SEGMENT; s++, num++) {
+            attention_item item = base;
+            item.position = first, item.num_queries = 1;
+            item.first_segment = s, item.last_segment = s + 1, item.partial = *partials;
+            *partials += (size_t)group * (a->head_dim + 2);
+            items[num] = item;
+        }
+        return num;
+    }
+    int32_t rows = least(MAX_TILE_FLOATS / a->head_dim, MAX_TILE_ROWS);
+    int32_t step = rows / group > 0 ? rows / group : 1;
+    for (int32_t q = 0; q < query_len; q += step, num++) {
+        attention_item item = base;
+        item.token = base.token + q, item.position = first + q;
+        item.num_queries = least(step, query_len - q);
+        int32_t low = item.position + 1 - a->window;
+        item.first_segment = a->window && low > 0 ? low / SEGMENT : 0;
+        item.last_segment = (item.position + item.num_queries + SEGMENT - 1) / SEGMENT;
+        items[num] = item;
+    }
+    return num;
+}
+
+/* Write the step's keys and values into the cache, then attend causally. */
+static void attend_batch(const attention *a, const batch *b, const float *key, int64_t key_stride,
+                         const float *value, int64_t value_stride) {
+    int32_t group = a->num_heads / a->num_kv_heads;
+    attention_context c = {.a = a, .b = b, .key = key, .key_stride = key_stride, .value = value,
+                           .value_stride = value_stride};
+    c.num_chunks = row_chunks(b->num_tokens, a->num_kv_heads * a->head_dim / 8 + 1);
+    pool_run(c.num_chunks, write_rows, &c);
+    int64_t most = 0, segments = 0, scores = 0;
+    for (int32_t i = 0; i < b->num_seqs; i++) {
+        int64_t own = divide_up(b->seq_lens[i], SEGMENT);
+        most += a->num_kv_heads * (b->query_lens[i] + own);
+        segments += own;
+        scores += (int64_t)b->seq_lens[i] * b->query_lens[i] * a->num_heads;
+    }
+    size_t partial_bytes = (size_t)segments * a->num_heads * (a->head_dim + 2) * sizeof(float);
+    partial_bytes = (partial_bytes + 63) / 64 * 64;
+    char *memory = scratch(partial_bytes + (size_t)most * sizeof(attention_item));
+    float *partials = (float *)memory;
+    c.items = (attention_item *)(memory + partial_bytes);
+    int32_t token = 0;
+    for (int32_t i = 0; i < b->num_seqs; token += b->query_lens[i++]) {
+        int32_t split = b->query_lens[i] == 1 && b->seq_lens[i] > SEGMENT;
+        for (int32_t h = 0; h < a->num_kv_heads && b->seq_lens[i]; h++) {
+            attention_item base = {.seq = i, .kv_head = h, .token = token};
+            c.num_items += add_items(a, c.items + c.num_items, base, b->query_lens[i],
+                                     b->seq_lens[i], split, &partials);
+        }
+    }
+    c.num_chunks = least(c.num_items, divide_up(scores, 512)); /* of at least 512 scores */
+    pool_run(c.num_chunks, attend_items, &c);
+    size_t width = (size_t)a->head_dim + 2;
+    for (int32_t i = 0, next; i < c.num_items; i = next) {
+        const attention_item *item = &c.items[i];
+        next = i + 1;
+        if (!item->partial) continue;
+        while (next < c.num_items && c.items[next].partial && c.items[next].seq == item->seq &&
+               c.items[next].kv_head == item->kv_head)
+            next++;
+        for (int32_t h = 0; h < group; h++) {
+            int64_t head = (int64_t)item->token * a->num_heads + item->kv_head * group + h;
+            active->merge(item->partial + h * width, next - i, (int64_t)(group * width),
+                          a->head_dim, a->output + head * a->head_dim);
+        }
+    }
+}
+
+/* Whether these shapes fit the kernels' fixed buffers. */
+EXPORT int32_t octavo_attention_fits(int32_t num_heads, int32_t num_kv_heads, int32_t head_dim) {
+    int32_t group = num_heads / num_kv_heads;
+    return head_dim % 16 == 0 && head_dim <= MAX_HEAD_DIM && group <= MAX_TILE_ROWS &&
+           group * head_dim <= MAX_TILE_FLOATS;
+}
+
+EXPORT void octavo_attention(const attention *a, const batch *b, const float *key,
+                             int64_t key_stride, const float *value, int64_t value_stride) {
+    pthread_mutex_lock(&one_caller);
+    attend_batch(a, b, key, key_stride, value, value_stride);
+    pthread_mutex_unlock(&one_caller);
+}
+
+/* ---- a stack of layers */
+
+typedef struct {
+    matrix qkv, out, gate_up, down;
+    const float *qkv_bias, *out_bias, *gate_up_bias, *down_bias;         /* NULL: none */
+    const float *input_norm, *post_norm, *query_norm, *key_norm;         /* the last two or NULL */
+    int32_t num_heads, num_kv_heads, head_dim, window;
+    float scale, softcap;
+    float norm_eps, head_norm_eps;
+    int32_t norm_adds_one, act;
+} layer;
+
+typedef struct {
+    const attention *a;
+    const layer *l;
+    float *qkv;
+    int64_t width, num_tokens;
+    int32_t num_chunks;
+} head_context;
+
+static void norm_heads(void *context, int32_t chunk) {
+    const head_context *c = context;
+    const layer *l = c->l;
+    ROWS_OF(chunk, c->num_tokens, c->num_chunks);
+    for (int64_t i = begin; i < end; i++)
+        for (int32_t h = 0; h < l->num_heads + l->num_kv_heads; h++) {
+            float *x = c->qkv + i * c->width + h * l->head_dim;
+            active->rms_norm(x, NULL, h < l->num_heads ? l->query_norm : l->key_norm, x,
+                             l->head_dim, l->head_norm_eps, l->norm_adds_one);
+        }
+}
+
+/* Run `num` layers. x, [num_tokens][size], goes in as the embeddings and comes out as what is still
+ * to be added to residual, which goes in undefined. k[i], v[i]: caches of layer i. `work` holds
+ * num_tokens times octavo_layer_floats. */
+EXPORT int64_t octavo_layer_floats(const layer *l) {
+    return l->qkv.in_features + l->qkv.out_features + l->out.in_features +
+           l->gate_up.out_features + l->down.in_features;
+}
+
+EXPORT void octavo_layers(const layer *layers, int32_t num, float *x, float *residual,
+                          float *const *k, float *const *v, const batch *b, const float *cos,
+                          const float *sin, int64_t rot_dim, float *work) {
+    pthread_mutex_lock(&one_caller);
+    int64_t tokens = b->num_tokens, size = layers->qkv.in_features;
+    for (int32_t i = 0; i < num; i++) {
+        const layer *l = &layers[i];
+        int64_t width = l->qkv.out_features, head_dim = l->head_dim;
+        int64_t inner = l->down.in_features;
+        float *normed = work, *qkv = normed + tokens * size, *attended = qkv + tokens * width;
+        float *gate_up = attended + tokens * l->out.in_features, *gated = gate_up + tokens * 2 * inner;
+        if (i == 0) {
+            memcpy(residual, x, (size_t)(tokens * size) * sizeof(float));
+            norm(x, size, NULL, l->input_norm, normed, tokens, size, l->norm_eps, l->norm_adds_one);
+        } else {
+            norm(x, size, residual, l->input_norm, normed, tokens, size, l->norm_eps,
+                 l->norm_adds_one);
+        }
+        multiply(&l->qkv, normed, tokens, size, l->qkv_bias, qkv);
+        if (l->query_norm) {
+            head_context c = {.l = l, .qkv = qkv, .width = width, .num_tokens = tokens};
+            c.num_chunks = row_chunks(tokens, width / 4 + 1);
+            pool_run(c.num_chunks, norm_heads, &c);
+        }
+        rotate(qkv, tokens, width, l->num_heads + l->num_kv_heads, head_dim, cos, sin, rot_dim);
+        attention a = {.query = qkv, .query_stride = width, .output = attended, .k = k[i],
+                       .v = v[i], .num_heads = l->num_heads, .num_kv_heads = l->num_kv_heads,
+                       .head_dim = l->head_dim, .window = l->window, .scale = l->scale,
+                       .softcap = l->softcap};
+        const float *key = qkv + l->num_heads * head_dim, *value = key + l->num_kv_heads * head_dim;
+        attend_batch(&a, b, key, width, value, width);
+        multiply(&l->out, attended, tokens, l->out.in_features, l->out_bias, x);
+        norm(x, size, residual, l->post_norm, normed, tokens, size, l->norm_eps, l->norm_adds_one);
+        multiply(&l->gate_up, normed, tokens, size, l->gate_up_bias, gate_up);
+        gate(gate_up, 2 * inner, gated, tokens, inner, l->act);
+        multiply(&l->down, gated, tokens, inner, l->down_bias, x);
+    }
+    pthread_mutex_unlock(&one_caller);
+}

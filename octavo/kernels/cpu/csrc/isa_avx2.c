@@ -1,0 +1,99 @@
+/* AVX2 with FMA and F16C: every x86 server and PC since 2013 (Intel) or 2015 (AMD). */
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include <immintrin.h>
+
+#include "native.h"
+
+#define LANES 8
+#define MR 4
+#define RB 2
+typedef float vf __attribute__((vector_size(32)));
+typedef int32_t vi __attribute__((vector_size(32)));
+typedef float vfu __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t viu __attribute__((vector_size(32), aligned(4), may_alias));
+
+#define INLINE_ISA static inline __attribute__((always_inline))
+
+INLINE_ISA vf vfma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+
+INLINE_ISA vf load_half(const uint8_t *p) {
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+
+INLINE_ISA __m256i four_bytes(const int8_t *q) {
+    int32_t bytes;
+    __builtin_memcpy(&bytes, q, 4);
+    return _mm256_set1_epi32(bytes);
+}
+
+/* Sixteen products of at most 15 * 127 add up to 30,480: a group's sum fits 16 bits. */
+INLINE_ISA void dot_q4(const int num, const uint8_t *w, const int8_t *q, size_t stride, vi *dots) {
+    const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    __m256i sums[MR];
+    for (int r = 0; r < num; r++) sums[r] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) {
+        __m256i both = _mm256_loadu_si256((const __m256i *)(w + v * 32));
+        __m256i low = _mm256_and_si256(both, mask);
+        __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+        for (int r = 0; r < num; r++) {
+            const int8_t *four = q + r * stride + 8 * v;
+            sums[r] = _mm256_add_epi16(sums[r], _mm256_maddubs_epi16(low, four_bytes(four)));
+            sums[r] = _mm256_add_epi16(sums[r], _mm256_maddubs_epi16(high, four_bytes(four + 4)));
+            /* Keeps the compiler from adding up in a tree, for which there are no registers. */
+            __asm__("" : "+x"(sums[r]));
+        }
+    }
+    for (int r = 0; r < num; r++) dots[r] = (vi)_mm256_madd_epi16(sums[r], ones);
+}
+
+/* |w| * (a with w's sign): two products of at most 128 * 127 fit 16 bits. */
+INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, size_t stride,
+                       const int32_t *sum, int32_t sum_stride, vi *dots) {
+    (void)sum, (void)sum_stride;
+    const __m256i ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; v++) {
+        __m256i weights = _mm256_loadu_si256((const __m256i *)(w + v * 32));
+        __m256i magnitudes = _mm256_abs_epi8(weights);
+        for (int r = 0; r < num; r++) {
+            __m256i signs = _mm256_sign_epi8(four_bytes(q + r * stride + 4 * v), weights);
+            __m256i pairs = _mm256_maddubs_epi16(magnitudes, signs);
+            dots[r] += (vi)_mm256_madd_epi16(pairs, ones);
+            __asm__("" : "+x"(dots[r])); /* as above */
+        }
+    }
+}
+
+INLINE_ISA void transpose(vf *y) {
+    __m256 *x = (__m256 *)y, t[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        x[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        x[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        x[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        x[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm256_permute2f128_ps(x[i], x[i + 4], 0x20);
+        t[i + 4] = _mm256_permute2f128_ps(x[i], x[i + 4], 0x31);
+    }
+    for (int i = 0; i < 8; i++) x[i] = t[i];
+}
+
+#include "kernels.inc.h"
+
+const isa isa_avx2 = {"avx2", LANES, 0,      quantize, linear, rms_norm,
+                      rotate, gate,  attend, merge,    argmax};
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,94 @@
+/* AVX-512 with VNNI: 64 products of bytes per instruction. */
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
+#endif
+#include <immintrin.h>
+
+#include "native.h"
+
+#define LANES 16
+#define MR 8
+#define RB 4
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef float vfu __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t viu __attribute__((vector_size(64), aligned(4), may_alias));
+
+#define INLINE_ISA static inline __attribute__((always_inline))
+
+INLINE_ISA vf vfma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+
+INLINE_ISA vf load_half(const uint8_t *p) {
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+
+INLINE_ISA __m512i four_bytes(const int8_t *q) {
+    int32_t bytes;
+    __builtin_memcpy(&bytes, q, 4);
+    return _mm512_set1_epi32(bytes);
+}
+
+INLINE_ISA void dot_q4(const int num, const uint8_t *w, const int8_t *q, size_t stride, vi *dots) {
+    const __m512i mask = _mm512_set1_epi8(15);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) {
+        __m512i both = _mm512_loadu_si512(w + v * 64);
+        __m512i low = _mm512_and_si512(both, mask);
+        __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+        for (int r = 0; r < num; r++)
+            dots[r] = (vi)_mm512_dpbusd_epi32((__m512i)dots[r], low, four_bytes(q + r * stride + 8 * v));
+        for (int r = 0; r < num; r++)
+            dots[r] =
+                (vi)_mm512_dpbusd_epi32((__m512i)dots[r], high, four_bytes(q + r * stride + 8 * v + 4));
+    }
+}
+
+/* Weights lie 128 too high (one operand is unsigned): 128 times the activations' sum comes off. */
+INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, size_t stride,
+                       const int32_t *sum, int32_t sum_stride, vi *dots) {
+    for (int r = 0; r < num; r++) dots[r] -= 128 * sum[(size_t)r * sum_stride];
+#pragma GCC unroll 8
+    for (int v = 0; v < 8; v++) {
+        __m512i weights = _mm512_loadu_si512(w + v * 64);
+        for (int r = 0; r < num; r++)
+            dots[r] =
+                (vi)_mm512_dpbusd_epi32((__m512i)dots[r], weights, four_bytes(q + r * stride + 4 * v));
+    }
+}
+
+/* Swap ever larger off-diagonal squares. */
+#define SWAP(step, low, high)                                        \
+    for (int i = 0; i < 16; i++)                                     \
+        if (!(i & step)) {                                           \
+            vf a = x[i], b = x[i + step];                            \
+            x[i] = __builtin_shuffle(a, b, low);                     \
+            x[i + step] = __builtin_shuffle(a, b, high);             \
+        }
+#if defined(__clang__)
+#define __builtin_shuffle(a, b, m) \
+    (vf) _mm512_permutex2var_ps((__m512)(a), (__m512i)(m), (__m512)(b))
+#endif
+INLINE_ISA void transpose(vf *x) {
+    const vi low1 = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
+    const vi low2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+    const vi low4 = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
+    const vi low8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+    SWAP(1, low1, low1 + 1)
+    SWAP(2, low2, low2 + 2)
+    SWAP(4, low4, low4 + 4)
+    SWAP(8, low8, low8 + 8)
+}
+
+#include "kernels.inc.h"
+
+const isa isa_avx512 = {"avx512", LANES, 0x80,   quantize, linear, rms_norm,
+                        rotate,   gate,  attend, merge,    argmax};
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,72 @@
+/* Plain C for any CPU: right, not fast. Also what other instruction sets are tested against. */
+#include "native.h"
+
+#include "isa_plain.h"
+
+INLINE_ISA vf vfma(vf a, vf b, vf c) { return a * b + c; }
+
+INLINE_ISA vf load_half(const uint8_t *p) {
+    vf x;
+    for (int i = 0; i < LANES; i++) {
+        uint16_t half;
+        __builtin_memcpy(&half, p + 2 * i, 2);
+        x[i] = half_to_float(half);
+    }
+    return x;
+}
+
+INLINE_ISA void dot_q4(const int num, const uint8_t *w, const int8_t *q, size_t stride, vi *dots) {
+    for (int v = 0; v < 4; v++)
+        for (int r = 0; r < num; r++)
+            for (int l = 0; l < LANES; l++)
+                for (int j = 0; j < 4; j++) {
+                    uint8_t both = w[(v * LANES + l) * 4 + j];
+                    const int8_t *four = q + r * stride + 8 * v;
+                    dots[r][l] += (both & 15) * four[j] + (both >> 4) * four[4 + j];
+                }
+}
+
+INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, size_t stride,
+                       const int32_t *sum, int32_t sum_stride, vi *dots) {
+    (void)sum, (void)sum_stride;
+    for (int v = 0; v < 8; v++)
+        for (int r = 0; r < num; r++)
+            for (int l = 0; l < LANES; l++)
+                for (int j = 0; j < 4; j++)
+                    dots[r][l] += (int8_t)w[(v * LANES + l) * 4 + j] * q[r * stride + 4 * v + j];
+}
+
+#include "kernels.inc.h"
+
+const isa isa_generic = {"generic", LANES, 0,      quantize, linear, rms_norm,
+                         rotate,    gate,  attend, merge,    argmax};
+
+/* ---- float16, for code that runs before an instruction set is chosen */
+
+float half_to_float(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+    if (!exponent) {
+        float value = (float)mantissa * 5.9604644775390625e-8f; /* 2^-24 */
+        return sign ? -value : value;
+    }
+    uint32_t bits = sign | (exponent == 31 ? 0x7f800000 : (exponent + 112) << 23) | mantissa << 13;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* Rounded to the nearest, ties to even; too large becomes infinity. */
+uint16_t float_to_half(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return sign | 0x7e00;
+    if (bits >= 0x477ff000) return sign | 0x7c00;
+    if (bits < 0x38800000) { /* below 2^-14: a multiple of 2^-24 */
+        float magnitude;
+        memcpy(&magnitude, &bits, 4);
+        return sign | (uint16_t)__builtin_rintf(magnitude * 16777216.0f);
+    }
+    return sign | (uint16_t)((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
+}

@@ -1,0 +1,19 @@
+/* Four lanes in plain C: what the generic and NEON versions share. */
+#define LANES 4
+#define MR 4
+#define RB 2
+typedef float vf __attribute__((vector_size(16)));
+typedef int32_t vi __attribute__((vector_size(16)));
+typedef float vfu __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t viu __attribute__((vector_size(16), aligned(4), may_alias));
+
+#define INLINE_ISA static inline __attribute__((always_inline))
+
+INLINE_ISA void transpose(vf *x) {
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < i; j++) {
+            float swapped = x[i][j];
+            x[i][j] = x[j][i];
+            x[j][i] = swapped;
+        }
+}

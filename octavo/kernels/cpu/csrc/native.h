@@ -1,0 +1,122 @@
+/* What the translation units share: the matrix format, the thread pool and the table of functions
+ * that each instruction set fills in.
+ *
+ * Matrices are 4 or 8 bits, in groups of GROUP inputs that share a scale (and, Q4_1, a minimum), as
+ * GGUF's Q4_0, Q4_1 and Q8_0 have them; the numbers are those of the file, only their order differs.
+ *
+ * Packed order. `lanes` output rows form a panel, in which, group by group, lie
+ *   4 bits: 4 vectors of 4*lanes bytes; byte 4*lane+j of vector v holds input 8v+j of the group in
+ *           its low and input 8v+4+j in its high half;
+ *   8 bits: 8 vectors of 4*lanes bytes; byte 4*lane+j of vector v holds input 4v+j;
+ *   then `lanes` scales, and with Q4_1 as many minima, float16.
+ * 8-bit values are stored with their sign bit flipped where `flip8` says so.
+ *
+ * Every function gives a row (a token) the same bits whatever rows it is computed with: sums run in
+ * a fixed order per row, fused multiply-adds are written out, and the compiler may not contract. */
+#ifndef OCTAVO_NATIVE_H
+#define OCTAVO_NATIVE_H
+
+#include <pthread.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define GROUP 32
+#define EXPORT __attribute__((visibility("default")))
+
+enum { Q4_0 = 0, Q4_1 = 1, Q8_0 = 2 };
+
+typedef struct {
+    uint8_t *packed;
+    int32_t kind;
+    int32_t in_features;
+    int32_t out_features;
+    int32_t num_groups; /* ceil(in_features / GROUP) */
+} matrix;
+
+/* Rows of activations in 8 bits: x[i] = scale[g] * q[i]. */
+typedef struct {
+    int8_t *q;      /* [rows][num_groups * GROUP] */
+    float *scale;   /* [rows][num_groups] */
+    int32_t *sum;   /* [rows][num_groups]: of q */
+    float *xsum;    /* [rows][num_groups]: scale * sum */
+    int32_t num_groups;
+} activations;
+
+enum { ACT_SILU = 0, ACT_GELU = 1, ACT_GELU_TANH = 2 };
+
+typedef struct {
+    const float *query; /* token stride query_stride, head stride head_dim */
+    int64_t query_stride;
+    float *output; /* [num_tokens][num_heads][head_dim] */
+    float *k, *v; /* [num_blocks][block_size][num_kv_heads][head_dim] */
+    int32_t num_heads, num_kv_heads, head_dim;
+    int32_t window; /* 0: none */
+    float scale, softcap; /* softcap 0: none */
+} attention;
+
+/* A step's sequences: i has query_lens[i] queries, the last of its seq_lens[i] positions; tokens lie
+ * sequence after sequence. */
+typedef struct {
+    const int64_t *slots; /* [num_tokens]: where a token's key and value go */
+    const int32_t *query_lens, *seq_lens;
+    const int32_t *block_tables;
+    int64_t table_stride, num_tokens;
+    int32_t num_seqs, block_size;
+} batch;
+
+/* Some queries of one sequence for one KV head, over keys of segments [first, last). */
+typedef struct {
+    int32_t seq, kv_head;
+    int32_t token;    /* of the step, the first query's */
+    int32_t position; /* in the sequence, the first query's */
+    int32_t num_queries;
+    int32_t first_segment, last_segment;
+    float *partial; /* NULL: write the output; else [num_heads/num_kv_heads][head_dim + 2] */
+} attention_item;
+
+/* Keys of one segment are summed up on their own and segments merged in order, so that the work on
+ * a long sequence can be divided without changing a bit of the result. */
+#define SEGMENT 512
+#define MAX_TILE_FLOATS 4096 /* query rows of an item times head_dim */
+#define MAX_TILE_ROWS 64
+#define MAX_HEAD_DIM 256
+
+typedef struct {
+    const char *name;
+    int32_t lanes;
+    uint8_t flip8;
+    void (*quantize)(const float *x, int32_t in_features, activations *to, int64_t row);
+    void (*linear)(const matrix *m, const activations *x, int64_t row_begin, int64_t row_end,
+                   const float *bias, float *out, int64_t out_stride, int32_t panel_begin,
+                   int32_t panel_end);
+    void (*rms_norm)(const float *x, float *residual, const float *weight, float *out, int64_t size,
+                     float eps, int32_t add_one);
+    void (*rotate)(float *x, const float *cos, const float *sin, int64_t rot_dim);
+    void (*gate)(const float *gate, const float *up, float *out, int64_t size, int32_t act);
+    void (*attend)(const attention *a, const batch *b, const attention_item *item);
+    void (*merge)(const float *partials, int32_t num, int64_t stride, int32_t head_dim, float *out);
+    int64_t (*argmax)(const float *x, int64_t size);
+} isa;
+
+extern const isa isa_generic, isa_avx2, isa_avx512, isa_neon;
+extern const isa *active; /* set once, by dispatch.c */
+
+/* ---- pool.c */
+typedef void (*task)(void *context, int32_t chunk);
+void pool_run(int32_t num_chunks, task run, void *context);
+int32_t pool_threads(void);
+void pool_resize(int32_t num_threads);
+
+static inline int32_t least(int64_t a, int64_t b) { return (int32_t)(a < b ? a : b); }
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#define ROWS_OF(chunk, num_rows, num_chunks)                      \
+    int64_t begin = (num_rows) * (int64_t)(chunk) / (num_chunks), \
+            end = (num_rows) * (int64_t)((chunk) + 1) / (num_chunks)
+
+extern pthread_mutex_t one_caller; /* held by every exported function that uses the pool */
+
+float half_to_float(uint16_t h);
+uint16_t float_to_half(float f);
+
+#endif

@@ -1,0 +1,54 @@
+"""How Octavo's Triton kernels are launched, whatever they compute."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+# Let a kernel start while the one before it drains: each waits (`gdc_wait`) before it touches
+# anything that an earlier kernel wrote. Hopper and later, CUDA only. `benchmarks/kernels.py`
+# measures with and without.
+programmatic_launch = True
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def takes(x: torch.Tensor) -> bool:
+    """Whether the Triton kernels should be given x: some rows on a GPU, of a dtype they know."""
+    return x.is_cuda and x.ndim == 2 and x.itemsize <= 4 and _has_triton()
+
+
+@functools.cache
+def _can_overlap(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def overlaps(x: torch.Tensor) -> bool:
+    """Whether kernels on x's device should be launched so."""
+    return programmatic_launch and _can_overlap(x.device)
+
+
+def is_amd() -> bool:
+    """Whether GPUs are AMD's, which have 64 KiB of shared memory per program, not 227."""
+    return torch.version.hip is not None
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; for the interpreter, as if it were an H100."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def options(overlap: bool, num_warps: int, num_stages: int = 2) -> dict[str, int | bool]:
+    """Keyword arguments of a launch. The option exists on CUDA alone, so it is left out if off."""
+    chosen: dict[str, int | bool] = {"num_warps": num_warps, "num_stages": num_stages}
+    return {**chosen, "launch_pdl": True} if overlap else chosen

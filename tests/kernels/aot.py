@@ -1,0 +1,191 @@
+"""Compile every kernel for GPUs that are not there.
+
+Run as a program, without TRITON_INTERPRET: calls the launchers with tensors on the CPU, and where a
+kernel would be launched, compiles it for an NVIDIA and an AMD target instead. Arguments: names of
+cases; none: all. Prints one line per kernel and target.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from octavo.attention import AttentionSpec
+from octavo.kernels import launch
+
+TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+seen: set[Any] = set()
+target_name = ""
+
+
+def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    """Stands in for `JITFunction.run`: the same specialisation, for the wanted target."""
+    options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+    values = dict(zip(self.arg_names, args, strict=False)) | kwargs
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(self.params):
+        value = values[parameter.name]
+        kind = "constexpr"
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            kind = POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            kind = "fp32"
+        else:
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        signature[parameter.name] = kind
+    key = (self.fn.__name__, target_name, str(signature), str(constants), str(options))
+    if key in seen:
+        return
+    seen.add(key)
+    start = time.perf_counter()
+    source = ASTSource(self, signature, constants, attributes)
+    compiled = triton.compile(source, target=TARGETS[target_name], options=options)
+    binary = compiled.asm["cubin" if target_name == "sm_90" else "hsaco"]
+    shared = compiled.metadata.shared
+    assert len(binary) > 0
+    assert shared <= (227 << 10 if target_name == "sm_90" else 64 << 10), shared
+    seconds = time.perf_counter() - start
+    print(f"{target_name} {self.fn.__name__} shared={shared} {options} {seconds:.1f}s", flush=True)
+
+
+# ---- what to launch
+
+
+def norm() -> None:
+    from octavo.kernels import norm_triton
+
+    x = torch.empty(3, 4096, dtype=torch.bfloat16)
+    norm_triton.rms_norm(x, x[0], 1e-6, torch.empty_like(x), False)
+    norm_triton.rms_norm(x, x[0], 1e-6, None, True)
+
+
+def activation() -> None:
+    from octavo.kernels import activation_triton
+
+    for name in ("silu", "gelu", "gelu_pytorch_tanh"):
+        activation_triton.gated_activation(torch.empty(3, 6144, dtype=torch.float16), name)
+
+
+def qkv() -> None:
+    from octavo.kernels import qkv_triton
+    from octavo.kernels.qkv import HeadNorms, HeadTransform
+    from octavo.kernels.rope import Rope
+
+    for num_tokens, head_dim, rot_dim in ((1, 128, 128), (64, 96, 96), (64, 80, 32)):
+        x = torch.empty(num_tokens, 48 * head_dim, dtype=torch.bfloat16)
+        slots = torch.zeros(num_tokens, dtype=torch.int64)
+        cache = torch.empty(4, 16, 8, head_dim, dtype=torch.bfloat16)
+        rope = Rope(torch.empty(64, rot_dim), slots, x.dtype)
+        norms = HeadNorms(x[0, :head_dim], x[0, :head_dim], 1e-6, False)
+        for transform in (HeadTransform(rope, norms), HeadTransform(rope, None)):
+            qkv_triton.rotate_and_store(x, 32, transform, cache, cache, slots)
+
+
+def attention() -> None:
+    from octavo.kernels.paged_decode_triton import DecodeWorkspace, paged_decode
+    from octavo.kernels.paged_prefill_triton import paged_prefill
+
+    for spec in (
+        AttentionSpec(32, 8, 128, 0.1),
+        AttentionSpec(9, 3, 64, 0.1),
+        AttentionSpec(32, 32, 96, 0.1, sliding_window=2047),
+        AttentionSpec(8, 4, 256, 0.1, sliding_window=4096, logit_softcap=50.0),
+    ):
+        query = torch.empty(64, spec.num_heads, spec.head_dim, dtype=torch.bfloat16)
+        cache = torch.empty(4, 16, spec.num_kv_heads, spec.head_dim, dtype=torch.bfloat16)
+        table, lens = torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+        how = {"scale": 0.1, "window": spec.sliding_window, "softcap": spec.logit_softcap}
+        for max_len in (64, 4096):
+            rows = query[:2], query[:2], cache, cache, table, lens, max_len, DecodeWorkspace()
+            paged_decode(*rows, **how)
+        starts = torch.zeros(3, dtype=torch.int32)
+        for max_query_len in (8, 2048):
+            rows = query, query, cache, cache, table, starts, lens, 64, max_query_len
+            paged_prefill(*rows, **how)
+
+
+def gemv() -> None:
+    from octavo.kernels import gemv_triton
+    from octavo.kernels.linear import Around
+
+    for num_tokens, out_features, in_features in (
+        (1, 6144, 4096),
+        (1, 1024, 3072),
+        (4, 4096, 4096),
+        (16, 6144, 4096),
+        (16, 151936, 1024),
+    ):
+        x = torch.empty(num_tokens, 2 * in_features, dtype=torch.bfloat16)
+        weight = torch.empty(out_features, in_features, dtype=torch.bfloat16)
+        residual = torch.empty(num_tokens, out_features, dtype=torch.bfloat16)
+        plan = gemv_triton.plan(num_tokens, out_features, in_features)
+        assert plan is not None
+        fused = [Around(norm=weight[0], residual=residual), Around()]
+        if num_tokens <= gemv_triton.MAX_GEMV_TOKENS:
+            fused.append(Around(activation="silu", residual=residual))
+        for around in fused:
+            gemv_triton.run(plan, x, weight, None, around)
+
+
+def sampling() -> None:
+    from octavo.kernels import sampling_triton
+
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.empty(3, 151_936, dtype=dtype)
+        sampling_triton.argmax(logits)
+        sampling_triton.token_logprobs(logits, torch.zeros(3, dtype=torch.int64))
+    values, ids = torch.empty(3), torch.zeros(3, dtype=torch.int64)
+    sampling_triton.sample(torch.empty(3, 151_936), values, ids, values, values, ids, ids)
+
+
+def moe() -> None:
+    from octavo.kernels import moe_triton
+
+    for num_tokens in (1, 64, 512, 4096):
+        x = torch.empty(num_tokens, 256, dtype=torch.bfloat16)
+        gate_up = torch.empty(128, 2 * 96, 256, dtype=torch.bfloat16)
+        logits = torch.empty(num_tokens, 128, dtype=torch.bfloat16)
+        routing = moe_triton.route(logits, 8, True)
+        moe_triton.run_experts(x, gate_up, torch.empty(128, 256, 96).bfloat16(), *routing, "silu")
+
+
+CASES: dict[str, Callable[[], None]] = {
+    case.__name__: case for case in (norm, activation, qkv, attention, gemv, sampling, moe)
+}
+
+
+def main() -> None:
+    global target_name
+    JITFunction.run = compile_instead
+    launch.overlaps = lambda x: target_name == "sm_90"
+    launch.is_amd = lambda: target_name != "sm_90"
+    for name in TARGETS:
+        target_name = name
+        for case in sys.argv[1:] or CASES:
+            CASES[case]()
+
+
+if __name__ == "__main__":
+    main()

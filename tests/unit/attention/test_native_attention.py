@@ -1,0 +1,101 @@
+"""NativeAttention against TorchAttention, and a token's independence of its batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.paged import PagedCache
+
+from octavo.attention import AttentionSpec, TorchAttention, get_backend
+from octavo.kernels.cpu import library
+
+pytestmark = pytest.mark.skipif(not library.is_available(), reason="not built: no C compiler")
+
+SPECS = {
+    "gqa": AttentionSpec(num_heads=9, num_kv_heads=3, head_dim=64, scale=0.125),
+    "mha": AttentionSpec(num_heads=2, num_kv_heads=2, head_dim=16, scale=0.4),
+    "mqa-wide": AttentionSpec(num_heads=8, num_kv_heads=1, head_dim=256, scale=0.05),
+    "odd": AttentionSpec(num_heads=5, num_kv_heads=1, head_dim=80, scale=0.1),
+    "window": AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=32, scale=0.2, sliding_window=37),
+    "wide-window": AttentionSpec(
+        num_heads=4, num_kv_heads=2, head_dim=32, scale=0.2, sliding_window=700
+    ),
+    "softcap": AttentionSpec(
+        num_heads=4, num_kv_heads=2, head_dim=32, scale=1.0, logit_softcap=5.0
+    ),
+    "refused": AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=24, scale=0.2),
+}
+# Steps of (sequence, chunk length): short and long, whole and in pieces, alone and together.
+STEPS = [
+    [(0, 5), (1, 33), (2, 600)],
+    [(0, 1), (1, 1), (2, 1)],
+    [(1, 1), (0, 100), (2, 513)],
+    [(2, 1)],
+    [(0, 1), (2, 1), (3, 1)],
+]
+
+
+@pytest.fixture(params=["generic", "avx2", "avx512", "neon"])
+def isa(request):
+    if not library.use_isa(request.param):
+        pytest.skip("this CPU lacks it")
+    library.set_threads(2)
+    yield request.param
+    library.set_threads(1)
+    library.use_isa("")
+
+
+class Run:
+    """The same random tokens of some sequences, through any backend, in any chunks."""
+
+    def __init__(self, backend, spec, block_size=16):
+        self.backend, self.spec = backend, spec
+        self.cache = PagedCache([spec], 256, block_size)
+        self.outputs: dict[int, list[torch.Tensor]] = {}
+
+    def tokens(self, seq, start, num):
+        generator = torch.Generator().manual_seed(seq)
+        heads = self.spec.num_heads + 2 * self.spec.num_kv_heads
+        return torch.randn(1300, heads, self.spec.head_dim, generator=generator)[
+            start : start + num
+        ]
+
+    def step(self, chunks):
+        starts = [self.cache.lens.get(seq, 0) for seq, _ in chunks]
+        batch = self.cache.step(chunks)
+        qkv = torch.cat([self.tokens(s, at, n) for (s, n), at in zip(chunks, starts, strict=True)])
+        sizes = [self.spec.num_heads, self.spec.num_kv_heads, self.spec.num_kv_heads]
+        got = self.backend.forward(*qkv.split(sizes, dim=1), self.cache.kv[0], batch, self.spec)
+        for (seq, _), rows in zip(chunks, got.split([n for _, n in chunks]), strict=True):
+            self.outputs.setdefault(seq, []).append(rows)
+
+    def output(self, seq):
+        return torch.cat(self.outputs[seq])
+
+
+@pytest.mark.parametrize("block_size", [8, 16])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_equals_torch(isa, spec, block_size):
+    native = Run(get_backend("native"), spec, block_size)
+    reference = Run(TorchAttention(), spec, block_size)
+    for chunks in STEPS:
+        native.step(chunks)
+        reference.step(chunks)
+    for seq in range(4):
+        torch.testing.assert_close(native.output(seq), reference.output(seq), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_a_token_has_the_same_bits_in_any_batch_and_any_chunk(isa, spec):
+    if spec is SPECS["refused"]:
+        pytest.skip("torch does it")
+    together = Run(get_backend("native"), spec)
+    for chunks in STEPS:
+        together.step(chunks)
+    for seq in range(3):
+        alone = Run(get_backend("native"), spec)
+        total = together.cache.lens[seq]
+        library.set_threads(1)
+        for n in (total // 2, total - total // 2 - 2, 1, 1):
+            alone.step([(seq, n)])
+        assert torch.equal(alone.output(seq), together.output(seq))

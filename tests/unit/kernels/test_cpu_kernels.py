@@ -1,0 +1,181 @@
+"""The native CPU kernels, in every instruction set that this CPU has, against plain torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+
+from octavo.kernels import activation, norm, rope
+from octavo.kernels.argmax import argmax
+from octavo.kernels.cpu import library, ops
+
+pytestmark = pytest.mark.skipif(not library.is_available(), reason="not built: no C compiler")
+
+KINDS = list(ops.KINDS)
+
+
+@pytest.fixture(params=["generic", "avx2", "avx512", "neon"])
+def isa(request):
+    if not library.use_isa(request.param):
+        pytest.skip("this CPU lacks it")
+    library.set_threads(2)
+    with ops.in_charge():
+        yield request.param
+    library.set_threads(1)
+    library.use_isa("")
+
+
+def blocks_of(kind: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix in a block format, and what its blocks stand for."""
+    blocks = quantize(weight.numpy(), GGMLQuantizationType[kind])
+    return torch.from_numpy(blocks), torch.from_numpy(
+        dequantize(blocks, GGMLQuantizationType[kind])
+    )
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Activations as the kernels see them: 8 bits, a scale per 32."""
+    groups = x.reshape(len(x), -1, ops.GROUP)
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    steps = (groups * torch.where(scale > 0, 1 / scale, 0.0)).round()
+    return (steps * scale).reshape(x.shape)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("out", "size"), [(1, 32), (37, 64), (96, 576), (101, 1536)])
+def test_matrix(isa, kind, out, size):
+    torch.manual_seed(out)
+    blocks, weight = blocks_of(kind, torch.randn(out, size) / 20)
+    matrix = ops.PackedMatrix(kind, out, size)
+    cut = out // 3  # not on a panel's edge
+    matrix.fill(blocks[cut:], cut)
+    matrix.fill(blocks[:cut])
+    x, bias = torch.randn(29, size), torch.randn(out)
+    x[3], x[4, :40] = 0.0, 1e-30
+    got = matrix.multiply(x, bias)
+    torch.testing.assert_close(got, rounded(x) @ weight.T + bias, atol=1e-2, rtol=0)
+    torch.testing.assert_close(got, x @ weight.T + bias, atol=0.1, rtol=0)
+    assert torch.equal(matrix.multiply(x[:, :]), matrix.multiply(x, torch.zeros(out)))
+    ids = torch.tensor([out - 1, 0, out // 2])
+    torch.testing.assert_close(matrix.lookup(ids), weight[ids], atol=1e-6, rtol=1e-6)
+    with pytest.raises(IndexError):
+        matrix.lookup(torch.tensor([out]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_extreme_values_do_not_overflow(isa, kind):
+    """All products at their largest, of either sign."""
+    blocks, _ = blocks_of(kind, torch.ones(3, 64))
+    raw = blocks.numpy().reshape(3, 2, -1)
+    raw[..., :2] = np.array([1.0], np.float16).view(np.uint8)
+    if kind == "Q8_0":
+        raw[0, :, 2:], raw[1, :, 2:], raw[2, :, 2:] = 0x80, 127, 0x81  # -128, 127, -127
+        q = torch.tensor([-128.0, 127, -127])
+    else:
+        raw[0, :, -16:], raw[1, :, -16:], raw[2, :, -16:] = 0xFF, 0x00, 0x77
+        q = torch.tensor([15.0, 0, 7]) - (8 if kind == "Q4_0" else 0)
+        if kind == "Q4_1":
+            raw[..., 2:4] = 0
+    matrix = ops.PackedMatrix(kind, 3, 64)
+    matrix.fill(torch.from_numpy(raw.reshape(3, -1)))
+    for sign in (1.0, -1.0):
+        got = matrix.multiply(torch.full((9, 64), sign))
+        torch.testing.assert_close(got, (q * sign * 64).expand(9, 3), atol=0.01, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_has_the_same_bits_in_any_batch(isa, kind):
+    torch.manual_seed(0)
+    blocks, _ = blocks_of(kind, torch.randn(77, 96))
+    matrix = ops.PackedMatrix(kind, 77, 96)
+    matrix.fill(blocks)
+    x = torch.randn(301, 96)
+    whole = matrix.multiply(x)
+    for num_threads, start, num in ((1, 0, 1), (2, 300, 1), (1, 5, 3), (2, 7, 13), (3, 100, 150)):
+        library.set_threads(num_threads)
+        assert torch.equal(matrix.multiply(x[start : start + num]), whole[start : start + num])
+
+
+def test_float_weights_become_eight_bits(isa):
+    weight = torch.randn(7, 50, dtype=torch.bfloat16) / 50
+    weight[2] = 0
+    matrix = ops.PackedMatrix("Q8_0", 7, 50)
+    matrix.fill(ops.to_q8_0(weight))
+    got = matrix.lookup(torch.arange(7))
+    assert ((got - weight.float()).abs() <= weight.abs().amax().float() / 200).all()
+    x = torch.randn(2, 50)
+    torch.testing.assert_close(matrix.multiply(x), x @ weight.float().T, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1, 7, 33, 576])
+@pytest.mark.parametrize("add_one", [False, True])
+def test_norm(isa, size, add_one):
+    x, residual, weight = torch.randn(5, size), torch.randn(5, size), torch.randn(size)
+    expected = norm.rms_norm_torch(x, weight, 1e-5, residual, add_one=add_one)
+    got = norm.rms_norm(x, weight, 1e-5, residual.clone(), add_one=add_one)
+    torch.testing.assert_close(got[0], expected[0], atol=2e-6, rtol=2e-6)
+    assert torch.equal(got[1], expected[1])
+    heads = torch.randn(3, 4, size)[:, 1:3]
+    torch.testing.assert_close(
+        norm.rms_norm(heads, weight, 1e-5, add_one=add_one)[0],
+        norm.rms_norm_torch(heads, weight, 1e-5, add_one=add_one)[0],
+        atol=2e-6,
+        rtol=2e-6,
+    )
+
+
+@pytest.mark.parametrize("rot_dim", [6, 32, 64])
+def test_rotation_of_some_heads(isa, rot_dim):
+    heads = torch.randn(5, 7, 64)
+    cos = torch.randn(5, 1, rot_dim // 2).repeat(1, 1, 2)
+    sin = torch.randn(5, 1, rot_dim // 2)
+    sin = torch.cat((-sin, sin), dim=-1)
+    expected = rope.rotate_torch(heads[:, 1:4], cos, sin)
+    rest = heads[:, 4:].clone()
+    got = rope.rotate(heads[:, 1:4], cos, sin)
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+    assert torch.equal(heads[:, 4:], rest)
+
+
+@pytest.mark.parametrize("name", activation.ACTIVATIONS)
+@pytest.mark.parametrize("size", [5, 821])
+def test_gated_activation(isa, name, size):
+    gate_up = torch.randn(6, 2 * size) * 4
+    gate_up[0, :3] = torch.tensor([-200.0, 200.0, 0.0])
+    torch.testing.assert_close(
+        activation.gated_activation(gate_up, name),
+        activation.gated_activation_torch(gate_up, name),
+        atol=5e-6,
+        rtol=2e-5,
+    )
+
+
+def test_argmax_takes_the_first_of_equals(isa):
+    logits = torch.randn(4, 4099)
+    logits[0] = -torch.inf
+    logits[1, [70, 2000]] = 9.0
+    logits[2, -1] = 9.0
+    logits[3, 50] = torch.nan
+    assert torch.equal(argmax(logits), logits.argmax(dim=-1))
+
+
+def test_only_where_the_native_kernels_are_in_charge():
+    x = torch.zeros(2, 8)
+    assert not ops.takes(x)
+    with ops.in_charge():
+        assert ops.takes(x)
+        assert not ops.takes(x.bfloat16())
+        assert not ops.takes(x.T)
+    assert not ops.takes(x)
+
+
+def test_there_is_one_openmp_runtime_at_most():
+    if not (maps := Path("/proc/self/maps")).exists():
+        pytest.skip("no /proc")
+    files = {line.split()[-1] for line in maps.read_text().splitlines()}
+    assert len([file for file in files if "omp" in Path(file).name]) <= 1
