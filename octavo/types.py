@@ -334,6 +334,7 @@ class EngineInfo:
     max_num_seqs: int
     max_num_batched_tokens: int
     enable_prefix_caching: bool
+    scheduling_policy: str = "fcfs"
     startup_s: dict[str, float] = field(default_factory=dict)  # by phase
     memory_bytes: dict[str, int] = field(
         default_factory=dict

@@ -36,7 +36,7 @@ def run(namespace: argparse.Namespace) -> int:
         import readline  # noqa: F401  # gives input() history and editing
 
     (options,) = split_options(namespace, EngineArgs)
-    params = sampling_params(namespace, max_tokens=None, temperature=0.7, top_p=0.95)
+    params = sampling_params(namespace, max_tokens=1024, temperature=0.7, top_p=0.95)
     with LLM(**options) as llm:
         print(f"{llm.info.model} on {llm.info.device}. {_HELP}.")
         Conversation(llm, params, namespace.system, namespace.stats).run()

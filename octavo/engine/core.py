@@ -165,6 +165,7 @@ def _describe(config: EngineConfig, runner: Runner, max_model_len: int) -> Engin
         max_num_seqs=scheduler.max_num_seqs,
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
         enable_prefix_caching=scheduler.enable_prefix_caching,
+        scheduling_policy=scheduler.policy,
         startup_s=dict(runner.report.seconds),
         memory_bytes=dict(runner.report.memory_bytes),
     )

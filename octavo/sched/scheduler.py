@@ -104,10 +104,11 @@ class Scheduler:
         """The next step, or None if nothing can run before a result comes in or a request
         arrives.
         """
-        decodes = self._ready_decodes()
-        decodes = self._grow(decodes)
+        num_preemptions = self._stats.num_preemptions
+        decodes = self._grow(self._ready_decodes())
         budget = self.config.max_num_batched_tokens - len(decodes)
-        self._admit(budget)
+        if self._stats.num_preemptions == num_preemptions:  # else memory is short
+            self._admit(budget)
         chunks = share_prefill_budget(
             [(row, self._remaining(row)) for row in self._prefilling],
             budget,

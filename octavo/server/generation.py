@@ -126,6 +126,12 @@ class Generation:
 
     def _prepare(self, prompt: Prompt, request: GenerateRequest, arrival_s: float) -> None:
         state = self._state
+        if request.priority and state.engine.info.scheduling_policy != "priority":
+            raise InvalidRequestError(
+                "This server takes requests in order of arrival; start it with "
+                "--scheduling-policy priority to use priority.",
+                "priority",
+            )
         keep = request.truncate_prompt_tokens
         if keep is not None:
             if keep == -1:

@@ -101,8 +101,8 @@ def need_chat_template(template: ChatTemplate | None) -> ChatTemplate:
     """The template, or an InvalidRequestError that says what to do without one."""
     if template is None:
         raise InvalidRequestError(
-            "This model has no chat template: send text to the completions API, or start with a "
-            "template of your own (--chat-template FILE).",
+            "This model has no chat template: send text to the completions API, or put a "
+            "chat_template.jinja into the model's folder.",
             "messages",
         )
     return template

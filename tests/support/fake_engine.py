@@ -72,6 +72,7 @@ def fake_info(max_model_len: int = 256) -> EngineInfo:
         max_num_seqs=8,
         max_num_batched_tokens=128,
         enable_prefix_caching=True,
+        scheduling_policy="priority",
         startup_s={"load": 0.5},
         memory_bytes={"weights": 1000, "kv": 2000},
     )

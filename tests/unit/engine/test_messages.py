@@ -100,6 +100,7 @@ INFO = EngineInfo(
     max_num_seqs=3,
     max_num_batched_tokens=30,
     enable_prefix_caching=False,
+    scheduling_policy="priority",
     startup_s={"load": 0.25},
     memory_bytes={"weights": 2**40},
 )

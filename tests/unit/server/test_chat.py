@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import openai
 import pytest
@@ -236,3 +237,13 @@ def test_async_client(server):
             return [(await whole).choices[0].message.content, text]
 
     assert asyncio.run(main()) == ["Hello, world!"] * 2
+
+
+def test_priority_needs_the_policy(server, http):
+    server.state.engine.info = dataclasses.replace(
+        server.state.engine.info, scheduling_policy="fcfs"
+    )
+    body = {"messages": [{"role": "user", "content": "hi"}], "priority": 1}
+    reply = http.post("/v1/chat/completions", json=body)
+    assert reply.status_code == 400
+    assert "--scheduling-policy" in reply.json()["error"]["message"]
