@@ -8,7 +8,7 @@ import importlib.util
 import torch
 
 # Let a kernel start while the one before it drains: each waits (`gdc_wait`) before it touches
-# anything that an earlier kernel wrote. Hopper and later, CUDA only. `benchmarks/kernels.py`
+# anything that an earlier kernel wrote. Hopper and later, CUDA only. `benchmarks/kernels`
 # measures with and without.
 programmatic_launch = True
 
