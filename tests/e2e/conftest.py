@@ -12,7 +12,7 @@ from support.server import RunningServer, running_server
 
 @pytest.fixture(scope="session")
 def server(smollm2_dir: Path) -> Iterator[RunningServer]:
-    with running_server("--dtype", "float32") as running:
+    with running_server() as running:
         yield running
 
 

@@ -102,10 +102,10 @@ def test_prompt_logprobs_are_those_of_transformers(llm: LLM, smollm2_dir: Path) 
 
 
 def test_chat_and_streaming_agree(llm: LLM) -> None:
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    messages = [{"role": "user", "content": "What is the capital of Japan?"}]
     params = SamplingParams(temperature=0, max_tokens=20)
     [output] = llm.chat(messages, params, use_tqdm=False)
-    assert output.outputs[0].text == "The capital of France is Paris."
+    assert output.outputs[0].text == "The capital of Japan is Tokyo."
     pieces = [delta.text for delta in llm.stream(llm.chat_prompt(messages), params)]
     assert "".join(pieces) == output.outputs[0].text
     assert len(pieces) > 3

@@ -113,16 +113,16 @@ def test_a_taken_port_is_an_error_before_anything_is_loaded(smollm2_dir: Path) -
 
 
 def test_generate_prints_the_text_alone(smollm2_dir: Path) -> None:
-    question = ("--chat", "What is the capital of France?", "--temperature", "0")
-    result = octavo("generate", *question, "--dtype", "float32")
-    assert result.stdout == "The capital of France is Paris.\n"
+    question = ("--chat", "What is the capital of Japan?", "--temperature", "0")
+    result = octavo("generate", *question)
+    assert result.stdout == "The capital of Japan is Tokyo.\n"
     assert octavo("generate", "-", "--max-tokens", "3", input="1, 2, 3,").returncode == 0
 
 
 def test_chat_keeps_its_history(smollm2_dir: Path) -> None:
     question = "What is the secret word?\n"
     lines = f"The secret word is banana. Remember it.\n{question}/reset\n{question}/help\n/exit\n"
-    flags = ("--temperature", "0", "--max-tokens", "20", "--stats", "--dtype", "float32")
+    flags = ("--temperature", "0", "--max-tokens", "20", "--stats")
     result = octavo("chat", *flags, input=lines)
     assert result.returncode == 0, result.stderr
     answers = [line for line in result.stdout.split("> ") if "per second]" in line]

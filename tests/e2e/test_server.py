@@ -16,7 +16,7 @@ from support.server import RunningServer
 
 pytestmark = pytest.mark.slow
 
-FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+JAPAN = [{"role": "user", "content": "What is the capital of Japan?"}]
 TOPICS = ["rivers", "bread", "the moon", "chess", "rain", "trains", "glass", "whales", "paper"]
 
 
@@ -27,8 +27,8 @@ def metric(server: RunningServer, name: str) -> float:
 
 
 def test_chat(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(model="smollm2-135m", messages=FRANCE, temperature=0)
-    assert answer.choices[0].message.content == "The capital of France is Paris."
+    answer = client.chat.completions.create(model="smollm2-135m", messages=JAPAN, temperature=0)
+    assert answer.choices[0].message.content == "The capital of Japan is Tokyo."
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.completion_tokens == 8
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 8
@@ -37,14 +37,14 @@ def test_chat(client: openai.OpenAI) -> None:
 def test_chat_streaming_equals_chat(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         model="smollm2-135m",
-        messages=FRANCE,
+        messages=JAPAN,
         temperature=0,
         stream=True,
         stream_options={"include_usage": True},
     )
     chunks = list(stream)
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-    assert text == "The capital of France is Paris."
+    assert text == "The capital of Japan is Tokyo."
     assert chunks[-1].usage.completion_tokens == 8
     assert len([c for c in chunks if c.choices and c.choices[0].delta.content]) > 3
 
