@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from octavo import env
 from octavo.types import CompletionOutput, Logprob, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
     from octavo.llm import LLM
 
 __version__ = "0.1.0"
+
+env.calm_openmp()
 
 __all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "__version__"]
 

@@ -48,6 +48,7 @@ class _Job:
     assemblers: list[OutputAssembler]
     arrival_s: float
     num_unfinished: int
+    is_counted: bool = False  # by the progress bar
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_cached_tokens: int = 0
     queue_s: float = 0.0
@@ -96,6 +97,9 @@ class LLM:
         self._core: EngineCore | None = build_core(self._args, checkpoint, progress=True)
         self._limits = Limits.from_info(self._core.info)
         self._ids = itertools.count(1)
+        self._seeds = (
+            itertools.count(options["seed"] << 32, 1024) if "seed" in options else None
+        )  # of prompts whose parameters bring none, each with room for its n outputs
         # Live engine requests of all calls: a stream may be open while others are made.
         self._owners: dict[int, _Owner] = {}
 
@@ -145,7 +149,9 @@ class LLM:
             requests.extend(job_requests)
         with tqdm(total=len(jobs), desc="generate", unit="prompt", disable=not use_tqdm) as bar:
             for job, _ in self._run(jobs, requests):
-                bar.update(job.num_unfinished == 0)
+                if not (job.num_unfinished or job.is_counted):
+                    job.is_counted = True
+                    bar.update()
         return [self._output(index, job) for index, job in enumerate(jobs)]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams) -> Iterator[OutputDelta]:
@@ -231,6 +237,7 @@ class LLM:
             self._limits,
             self._tokenizer,
             next_id=self._ids.__next__,
+            default_seed=None if self._seeds is None else next(self._seeds),
             priority=priority,
             cache_salt=salt,
             arrival_s=arrival_s,
@@ -280,7 +287,7 @@ class LLM:
                 if inbox:
                     yield inbox.popleft()
                 else:
-                    self._step(core)
+                    self._step(self._engine())
             if any(job.num_unfinished for job in jobs):
                 raise EngineError("A step failed in another call and took this request with it.")
         finally:

@@ -56,6 +56,8 @@ def _show_packages() -> None:
 def _show_devices() -> int:
     print("\nDevices")
     try:
+        import torch
+
         from octavo.errors import ConfigError
         from octavo.platforms import detect
     except ImportError as error:
@@ -65,8 +67,8 @@ def _show_devices() -> int:
     for kind in ("cuda", "cpu"):
         try:
             info = detect(kind).info()
-        except ConfigError as error:
-            print(f"  {kind}: none. {error}")
+        except ConfigError:
+            print(f"  {kind}: none found by torch {torch.__version__}")
             continue
         _show_device(info, is_chosen=info.kind == chosen.kind)
     return 0

@@ -22,9 +22,16 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling options")
     for name, kind, text in _FLAGS:
         # "seed" is an engine option as well; here it is the request's.
-        group.add_argument(f"--{name}", type=kind, dest=f"sampling_{name}", help=text)
+        metavar = {int: "N", float: "X"}[kind]
+        group.add_argument(
+            f"--{name}", type=kind, dest=f"sampling_{name}", metavar=metavar, help=text
+        )
     group.add_argument(
-        "--stop", action="append", dest="sampling_stop", help="stop string; repeatable"
+        "--stop",
+        action="append",
+        dest="sampling_stop",
+        metavar="TEXT",
+        help="stop string; repeatable",
     )
 
 

@@ -35,7 +35,7 @@ class EngineArgs:
     max_model_len: int | None = option(
         None, "context length, tokens (default: the model's, as far as memory allows)"
     )
-    seed: int = option(0, "seed of dummy weights")
+    seed: int = option(0, "seed of dummy weights; given to LLM(), also of prompts that bring none")
     device: str = option("auto", "where to run: auto, cpu, cuda or cuda:1")
     num_threads: int = option(0, "CPU threads of the engine (0: all cores this process may use)")
     attention_backend: str = option(

@@ -91,6 +91,7 @@ class EngineClient:
         self._streams: dict[int, Stream] = {}
         self._ids = itertools.count(1)
         self._listeners: list[Callable[[StepOutputs], None]] = []
+        self._death_callbacks: list[Callable[[], None]] = []
         self._last_message_s = time.monotonic()
         self._death: str | None = None
         self._reader: asyncio.StreamReader
@@ -120,6 +121,15 @@ class EngineClient:
         client._reader, client._writer = reader, writer
         client._task = asyncio.create_task(client._listen())
         return client
+
+    def on_death(self, callback: Callable[[], None]) -> None:
+        """`callback` is called, on the event loop, when the engine process has ended by itself."""
+        self._death_callbacks.append(callback)
+
+    @property
+    def death(self) -> str | None:
+        """Why the engine is gone; None while it is there."""
+        return self._death
 
     @property
     def is_alive(self) -> bool:
@@ -182,6 +192,8 @@ class EngineClient:
             cause = f"The engine's messages cannot be taken in: {type(error).__name__}: {error}"
         logger.error("the engine has ended: %s", cause)
         self._die(cause)
+        for callback in self._death_callbacks:
+            callback()
 
     def _dispatch(self, outputs: StepOutputs) -> None:
         streams = self._streams

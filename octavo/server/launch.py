@@ -9,6 +9,7 @@ from octavo.checkpoint import Checkpoint, locate
 from octavo.config import EngineArgs
 from octavo.config.server import ServerConfig
 from octavo.engine.client import EngineClient, EngineProcess
+from octavo.errors import EngineDeadError
 from octavo.server.app import create_app
 from octavo.server.run import bind, serve
 from octavo.server.state import ServerState, sampling_defaults
@@ -29,7 +30,7 @@ async def run_server(
         on_ready: called with the model's name and the server's URL once requests are answered.
 
     Raises:
-        OctavoError: the address is taken, the model cannot be loaded, ...
+        OctavoError: the address is taken, the model cannot be loaded, the engine has died, ...
     """
     sock = bind(config)
     checkpoint = await asyncio.to_thread(
@@ -60,7 +61,13 @@ async def run_server(
             config=config,
         )
         url = f"http://{config.host}:{sock.getsockname()[1]}"
-        await serve(create_app(state), config, sock, lambda: on_ready(state.model_name, url))
+        # A server without an engine answers nothing: end, and let a supervisor start anew.
+        ended = asyncio.Event()
+        engine.on_death(ended.set)
+        app = create_app(state)
+        await serve(app, config, sock, lambda: on_ready(state.model_name, url), ended)
+        if engine.death is not None:
+            raise EngineDeadError(f"The engine has ended: {engine.death}")
     finally:
         await engine.close()
 

@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"config", "checkpoint", "platforms", "text", "llm", "engine.core", "engine.build"},
     "cli": BASE
     | {"config", "checkpoint", "text", "llm", "server", "engine.client", "bench", "platforms", ""},
-    "__init__": {"types", "llm"},
+    "__init__": {"env", "types", "llm"},
     "__main__": {"cli"},
 }
 TORCH_FREE = [

@@ -239,6 +239,33 @@ def test_a_closed_llm_says_so(folder: Path) -> None:
             use()
 
 
+def test_a_stream_of_a_closed_llm_says_so(folder: Path) -> None:
+    llm = LLM(str(folder), load_format="dummy")
+    stream = llm.stream([5, 6, 7], SamplingParams(max_tokens=50, ignore_eos=True))
+    next(stream)
+    llm.close()
+    with pytest.raises(EngineError, match="closed"):
+        list(stream)
+
+
+def test_a_seeded_llm_repeats_itself_and_prompts_differ(folder: Path) -> None:
+    params = SamplingParams(temperature=2.0, max_tokens=12, ignore_eos=True)
+    runs = []
+    for _ in range(2):
+        with LLM(str(folder), load_format="dummy", seed=3) as llm:
+            outputs = llm.generate([[5, 6, 7], [5, 6, 7]], params, use_tqdm=False)
+            runs.append([output.outputs[0].token_ids for output in outputs])
+    assert runs[0] == runs[1]
+    assert runs[0][0] != runs[0][1]
+
+
+def test_the_progress_bar_counts_each_prompt_once(
+    llm: LLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llm.generate([5, 6, 7], SamplingParams(n=3, max_tokens=4, ignore_eos=True))
+    assert "1/1" in capsys.readouterr().err
+
+
 def test_options_are_checked_before_anything_is_loaded() -> None:
     with pytest.raises(ConfigError, match="max_model_len"):
         LLM("no-such-model", max_modl_len=5)
