@@ -238,10 +238,6 @@ class ModelRunner:
             step = self._replay(plan)
             return self._run(plan) if step is None else self._after_replay(plan, step)
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run a step and wait for it."""
-        return self.submit(plan).wait()
-
     def prepare_more(self) -> bool:
         """Use an idle moment: capture one more graph. False when there is nothing left to do."""
         decodes, chunks = self._decode_graphs, self._chunk_graphs
@@ -299,7 +295,8 @@ class ModelRunner:
         if step.token_ids is not None:
             return self._pending(step.token_ids, [], {})
         assert step.hidden is not None
-        return self._sample(plan, step.hidden, {})
+        sample_rows = to_device(plan.rows[plan.samples].astype(np.int64), self._device)
+        return self._sample(plan, step.hidden, sample_rows, {})
 
     def _run(self, plan: StepPlan) -> PendingStep:
         """Any step, operation by operation."""
@@ -307,12 +304,14 @@ class ModelRunner:
         hidden = self._forward(inputs.token_ids, inputs.positions, inputs.batch)
         self._rows.num_computed[inputs.seq_rows] = inputs.seq_lens
         prompt_results = self._prompt_logprobs.compute(plan, hidden, self._model.compute_logits)
-        return self._sample(plan, hidden[inputs.sample_indices], prompt_results)
+        sampled = hidden[inputs.sample_indices]
+        return self._sample(plan, sampled, inputs.sample_rows, prompt_results)
 
     def _sample(
         self,
         plan: StepPlan,
         hidden: torch.Tensor,  # [num_samples, hidden_size]
+        sample_rows: torch.Tensor,  # [num_samples] int64
         prompt_results: dict[int, list[SampledLogprobs]],
     ) -> PendingStep:
         """Logits and tokens, piece by piece, which bounds the memory they take."""
@@ -328,7 +327,7 @@ class ModelRunner:
             if reported is not None:
                 logprobs.append(reported)
         token_ids = torch.cat(pieces)
-        self._rows.last_token_ids[to_device(rows.astype(np.int64), self._device)] = token_ids
+        self._rows.last_token_ids[sample_rows] = token_ids
         return self._pending(token_ids, logprobs, prompt_results)
 
     def _pick_greedily(self, hidden: torch.Tensor) -> torch.Tensor:
