@@ -202,6 +202,8 @@ class EngineRequest:
     priority: int = 0  # lower is earlier
     cache_salt: str = ""
     arrival_s: float = 0.0  # time.monotonic()
+    # Generated already, by an engine that has died: the request goes on after them.
+    output_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from support.tiny_tokenizers import byte_level_json, sentencepiece_json
 
 from octavo.checkpoint.builtin import ensure_builtin, fetch
 from octavo.checkpoint.catalogue import BUILTIN_MODELS
 from octavo.text.tokenizer import Tokenizer
+
+# Machines are shared and noisy: no test fails by the clock of one example.
+settings.register_profile("octavo", deadline=None)
+settings.load_profile("octavo")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -35,7 +35,13 @@ class ServerConfig:
     keep_alive_s: float = option(30.0, "how long an idle connection stays open")
     shutdown_timeout_s: float = option(30.0, "time that running requests have after SIGTERM")
     stall_timeout_s: float = option(
-        120.0, "/health fails when the engine finished no step for so long"
+        60.0, "an engine that has work and finishes no step for so long is replaced"
+    )
+    max_engine_restarts: int = option(
+        10, "restarts of a dead engine in a row, without progress, before the server ends"
+    )
+    spare_engine: bool = option(
+        True, "keep a process at hand that has imported torch, for a restart in a second"
     )
     num_text_threads: int = option(2, "threads that tokenise and render long prompts")
     access_log: bool = option(False, "log every request")
@@ -44,8 +50,9 @@ class ServerConfig:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}.")
         for field in dataclasses.fields(self):
-            if field.name.startswith(("max_", "num_")) and getattr(self, field.name) < 1:
-                raise ConfigError(f"{field.name} must be at least 1.")
+            least = 0 if field.name == "max_engine_restarts" else 1
+            if field.name.startswith(("max_", "num_")) and getattr(self, field.name) < least:
+                raise ConfigError(f"{field.name} must be at least {least}.")
             if field.name.endswith("_s") and not 0 <= getattr(self, field.name) < 1e9:
                 raise ConfigError(f"{field.name} must be a number of seconds, 0 or more.")
         if self.api_key is not None and not (self.api_key and self.api_key.isascii()):

@@ -40,6 +40,10 @@ class Abort(msgspec.Struct, tag="abort"):
     request_ids: list[int]
 
 
+class Ping(msgspec.Struct, tag="ping"):
+    """Server → engine: answer, whatever the step loop is doing."""
+
+
 class Shutdown(msgspec.Struct, tag="shutdown"):
     """Server → engine: end now."""
 
@@ -56,6 +60,10 @@ class Outputs(msgspec.Struct, tag="outputs"):
     outputs: StepOutputs
 
 
+class Pong(msgspec.Struct, tag="pong"):
+    """Engine → server: the answer to a `Ping`."""
+
+
 class Failed(msgspec.Struct, tag="failed"):
     """Engine → server, last: why the process ends. `kind` is the error's class name."""
 
@@ -63,8 +71,8 @@ class Failed(msgspec.Struct, tag="failed"):
     message: str
 
 
-ToEngine = Configure | Add | Abort | Shutdown
-ToServer = Ready | Outputs | Failed
+ToEngine = Configure | Add | Abort | Ping | Shutdown
+ToServer = Ready | Outputs | Pong | Failed
 
 
 def _encode_path(value: Any) -> str:

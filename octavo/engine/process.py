@@ -6,6 +6,7 @@ that neither a slow server nor a large request holds up a step.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import queue
@@ -14,7 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from octavo import log
 from octavo.engine.messages import (
@@ -23,6 +25,8 @@ from octavo.engine.messages import (
     Configure,
     Failed,
     Outputs,
+    Ping,
+    Pong,
     Ready,
     Shutdown,
     ToEngine,
@@ -33,14 +37,25 @@ from octavo.engine.messages import (
 from octavo.errors import OctavoError
 from octavo.types import StepOutputs
 
+if TYPE_CHECKING:
+    from octavo.engine.core import EngineCore
+
 logger = log.get_logger(__name__)
+
+_STUCK_S = 5.0  # that a step has to end once the server is gone
 
 
 class Mailbox:
-    """The process's end of the socket, with a thread for each direction."""
+    """The process's end of the socket, with a thread for each direction.
 
-    def __init__(self, sock: socket.socket) -> None:
+    Pings are answered by the thread that reads: the answer says that the process runs, not that
+    its steps do.
+    """
+
+    def __init__(self, sock: socket.socket, on_end: Callable[[], object] = lambda: None) -> None:
+        """`on_end` is called, in a thread, when nothing more can come in."""
         self._sock = sock
+        self._on_end = on_end
         self._inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, name="mailbox-writer", daemon=True)
@@ -73,12 +88,16 @@ class Mailbox:
     def _read(self) -> None:
         try:
             while (message := receive(self._sock)) is not None:
-                self._inbox.put(message)
+                if isinstance(message, Ping):
+                    self.send(Pong())
+                else:
+                    self._inbox.put(message)
         except OSError as error:
             logger.debug("reader ends: %s", error)
         except Exception:
             logger.exception("a message from the server cannot be read")
         self._inbox.put(None)  # deaf is as good as gone: the step loop ends
+        self._on_end()
 
     def _write(self) -> None:
         try:
@@ -88,15 +107,30 @@ class Mailbox:
             logger.debug("writer ends: %s", error)
 
 
-def serve_steps(mailbox: Mailbox, configure: Configure, start_s: float) -> None:
-    """Build the engine, then step until the server says stop or is gone."""
-    # Imports torch, which takes a second or two; the server prepares its side meanwhile.
+Build = Callable[[Configure], "EngineCore"]
+
+
+def load_parts() -> Build:
+    """Import what an engine is made of, torch above all, which takes a second or two: the server
+    prepares its side meanwhile.
+    """
+    start_s = time.monotonic()
     from octavo.engine.build import build_core
 
-    imported_s = time.monotonic()
-    core = build_core(configure.args, configure.checkpoint, progress=sys.stderr.isatty())
-    core.info.startup_s["import"] = imported_s - start_s
-    core.info.startup_s["total"] = time.monotonic() - start_s
+    import_s = time.monotonic() - start_s
+
+    def build(configure: Configure) -> EngineCore:
+        start_s = time.monotonic()
+        core = build_core(configure.args, configure.checkpoint, progress=sys.stderr.isatty())
+        core.info.startup_s["import"] = import_s
+        core.info.startup_s["total"] = import_s + time.monotonic() - start_s
+        return core
+
+    return build
+
+
+def serve_steps(mailbox: Mailbox, core: EngineCore) -> None:
+    """Step until the server says stop or is gone."""
     gc.collect()
     gc.freeze()  # what lives now lives for good: no collection needs to look at it again
     mailbox.send(Ready(core.info))
@@ -110,33 +144,40 @@ def serve_steps(mailbox: Mailbox, configure: Configure, start_s: float) -> None:
                         mailbox.send(Outputs(StepOutputs(finished=finished)))
                 case Shutdown() | None:
                     return
-                case Configure():
-                    raise RuntimeError("a second Configure message")
+                case _:
+                    raise RuntimeError(f"an unexpected {type(message).__name__} message")
         if core.has_work and (outputs := core.step()) is not None:
             mailbox.send(Outputs(outputs))
 
 
-def main(argv: list[str]) -> int:
+def _exit_soon() -> None:
+    """Without a server, end: the step loop by itself, or else, where it is stuck, without it."""
+    timer = threading.Timer(_STUCK_S, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+
+
+def main(argv: list[str], load: Callable[[], Build] = load_parts) -> int:
     """Exit status: 0 after a shutdown, 1 after a failure, which the server was told."""
-    start_s = time.monotonic()
     log.setup_logging("engine")
     # Sent to the whole process group (Ctrl-C, systemd), they are the server's to handle: it lets
     # requests finish and then closes the socket, and that ends this process, too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    mailbox = Mailbox(socket.socket(fileno=int(argv[0])))
-    configure = mailbox.receive()
-    if not isinstance(configure, Configure):
-        return 0  # the server ended before it had anything to run
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # the supervisor asks for stacks before it kills
+    mailbox = Mailbox(socket.socket(fileno=int(argv[0])), on_end=_exit_soon)
     try:
-        serve_steps(mailbox, configure, start_s)
+        build = load()
+        configure = mailbox.receive()
+        if isinstance(configure, Configure):
+            serve_steps(mailbox, build(configure))
+        return 0  # the server said so, or is gone
     except OctavoError as error:
         mailbox.send(Failed(type(error).__name__, str(error)))
     except Exception as error:
         logger.exception("the engine failed")
         mailbox.send(Failed(type(error).__name__, f"{type(error).__name__}: {error}"))
-    else:
-        return 0
     mailbox.close()
     return 1
 

@@ -1,4 +1,4 @@
-"""What a front end may ask of an engine. `engine.client` has the real one, tests a scripted one."""
+"""What a front end may ask of an engine. `engine.supervisor` has the real one, tests a scripted one."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ class AsyncEngine(Protocol):
     def info(self) -> EngineInfo: ...
 
     @property
-    def is_alive(self) -> bool: ...
+    def is_alive(self) -> bool:
+        """False when it is gone for good."""
+        ...
 
     @property
-    def last_progress_s(self) -> float:
-        """time.monotonic() of the last finished step or idle beat."""
+    def trouble(self) -> str | None:
+        """Why no request moves at this moment, in words for an operator; None while all is well."""
         ...
 
     @property
@@ -40,7 +42,7 @@ class AsyncEngine(Protocol):
     def next_request_id(self) -> int: ...
 
     def submit(self, request: EngineRequest) -> RequestStream:
-        """Never blocks. EngineDeadError when the engine is gone."""
+        """Never blocks. EngineDeadError when the engine is gone for good."""
         ...
 
     def abort(self, request_ids: Sequence[int]) -> None:

@@ -47,7 +47,9 @@ class Request:
         self.status = Status.WAITING
         self.row = -1
         self.table: BlockTable | None = None
-        self.token_ids: npt.NDArray[np.int32] = np.array(spec.prompt_token_ids, dtype=np.int32)
+        self.token_ids: npt.NDArray[np.int32] = np.array(
+            spec.prompt_token_ids + spec.output_token_ids, dtype=np.int32
+        )
         self.chain: list[bytes] = []
         self.num_preemptions = 0
         self.num_prompt_logprobs = 0  # reported so far
@@ -64,7 +66,7 @@ class Request:
 
     @property
     def output_token_ids(self) -> tuple[int, ...]:
-        """What was generated before the last preemption."""
+        """What was generated before the last preemption, or by another engine."""
         return tuple(self.token_ids[self.prompt_len :].tolist())
 
     def hash_blocks(self, token_ids: npt.NDArray[np.int32], block_size: int) -> None:

@@ -83,7 +83,8 @@ class Scheduler:
         there.
         """
         assert spec.request_id not in self._requests, f"request id {spec.request_id} is in use"
-        assert len(spec.prompt_token_ids) < spec.max_total_len <= self.config.max_model_len
+        num_tokens = len(spec.prompt_token_ids) + len(spec.output_token_ids)
+        assert num_tokens < spec.max_total_len <= self.config.max_model_len
         assert self.cache.num_blocks_for(spec.max_total_len - 1) <= self.cache.num_usable_blocks
         request = Request(spec, self._num_arrived)
         self._num_arrived += 1

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from octavo.checkpoint import Checkpoint, locate
 from octavo.config import EngineArgs
 from octavo.config.server import ServerConfig
-from octavo.engine.client import EngineClient, EngineProcess
+from octavo.engine.client import EngineProcess
+from octavo.engine.supervisor import Patience, Supervisor
 from octavo.errors import EngineDeadError
 from octavo.server.app import create_app
 from octavo.server.run import bind, serve
@@ -41,7 +42,8 @@ async def run_server(
         tokenizer=args.tokenizer,
         load_format=args.load_format,
     )
-    connecting = asyncio.create_task(EngineClient.connect(process, args, checkpoint))
+    patience = Patience(step_s=config.stall_timeout_s, max_restarts=config.max_engine_restarts)
+    connecting = asyncio.create_task(Supervisor.start(process, args, checkpoint, patience))
     try:
         tokenizer, template = await asyncio.to_thread(_open_text, checkpoint)
     except BaseException:
@@ -61,7 +63,7 @@ async def run_server(
             config=config,
         )
         url = f"http://{config.host}:{sock.getsockname()[1]}"
-        # A server without an engine answers nothing: end, and let a supervisor start anew.
+        # Without an engine, and without hope of another, it answers nothing: end.
         ended = asyncio.Event()
         engine.on_death(ended.set)
         app = create_app(state)

@@ -1,7 +1,6 @@
 """The routes that ask about the server: models, version, health, metrics.
 
-Health is progress, not a synthetic request: the engine must be alive and have finished a step, or
-beaten idly, within `stall_timeout_s`.
+Health is progress, not a synthetic request: where there is work, steps must be finished.
 """
 
 from __future__ import annotations
@@ -45,13 +44,13 @@ async def livez(state: ServerState, http: Request) -> Response:
 
 async def health(state: ServerState, http: Request) -> Response:
     """The engine answers, too."""
-    _refuse_if(state.unhealthy_reason())
+    _refuse_if(state.engine.trouble)
     return json_response({"status": "ok"})
 
 
 async def readyz(state: ServerState, http: Request) -> Response:
     """New requests are welcome, too."""
-    _refuse_if("the server is shutting down" if state.draining else state.unhealthy_reason())
+    _refuse_if("the server is shutting down" if state.draining else state.engine.trouble)
     return json_response({"status": "ok"})
 
 

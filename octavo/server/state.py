@@ -108,15 +108,6 @@ class ServerState:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, lambda: work(*args, **kwargs))
 
-    def unhealthy_reason(self) -> str | None:
-        """Why this server cannot answer requests now; None when it can."""
-        if not self.engine.is_alive:
-            return "the engine is not running"
-        silent_s = time.monotonic() - self.engine.last_progress_s
-        if silent_s > self.config.stall_timeout_s:
-            return f"the engine has made no progress for {silent_s:.0f} s"
-        return None
-
     def abort_all(self) -> None:
         """End every request that is still running; their clients get an error that says so."""
         self.engine.abort(list(self.live))

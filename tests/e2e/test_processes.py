@@ -41,7 +41,7 @@ def test_a_signal_ends_server_and_engine_with_status_0(
     smollm2_dir: Path, sig: signal.Signals
 ) -> None:
     with running_server() as server:
-        [engine] = server.engine_pids()
+        engine = server.engine_pid()
         assert is_running(engine)
         assert server.stop(sig) == 0
         assert not is_running(engine)
@@ -50,7 +50,7 @@ def test_a_signal_ends_server_and_engine_with_status_0(
 def test_a_signal_to_the_engine_alone_is_left_to_the_server(smollm2_dir: Path) -> None:
     """systemd and terminals signal every process; requests must be able to finish."""
     with running_server() as server:
-        [engine] = server.engine_pids()
+        engine = server.engine_pid()
         os.kill(engine, signal.SIGTERM)
         os.kill(engine, signal.SIGINT)
         with urllib.request.urlopen(f"{server.url}/health") as response:
@@ -62,7 +62,7 @@ def test_a_signal_to_the_engine_alone_is_left_to_the_server(smollm2_dir: Path) -
 
 def test_the_engine_does_not_outlive_a_killed_server(smollm2_dir: Path) -> None:
     with running_server() as server:
-        [engine] = server.engine_pids()
+        engine = server.engine_pid()
         server.stop(signal.SIGKILL)
         deadline = time.monotonic() + 10
         while is_running(engine) and time.monotonic() < deadline:
@@ -70,9 +70,11 @@ def test_the_engine_does_not_outlive_a_killed_server(smollm2_dir: Path) -> None:
         assert not is_running(engine)
 
 
-def test_a_server_whose_engine_has_died_ends_with_a_status_and_a_cause(smollm2_dir: Path) -> None:
-    with running_server() as server:
-        os.kill(server.engine_pids()[0], signal.SIGKILL)
+def test_a_server_that_may_not_restart_its_engine_ends_with_a_status_and_a_cause(
+    smollm2_dir: Path,
+) -> None:
+    with running_server("--max-engine-restarts", "0") as server:
+        os.kill(server.engine_pid(), signal.SIGKILL)
         assert server.process.wait(20) == 1
         time.sleep(0.2)
         assert "signal 9" in server.log[-1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -107,8 +106,8 @@ class FakeEngine:
         self.hang = False
         self.fail: str | None = None
         self.is_alive = True
+        self.trouble: str | None = None
         self.num_cached_tokens = 0
-        self.last_progress_s = time.monotonic()
         self.submitted: list[EngineRequest] = []
         self.aborted: list[int] = []
         self._ids = itertools.count(1)
@@ -178,7 +177,6 @@ class FakeEngine:
         self._finish(stream, Finish(request_id, "length"))
 
     def _tell(self, request_id: int, token: int, finish: Finish | None) -> None:
-        self.last_progress_s = time.monotonic()
         outputs = StepOutputs(
             request_ids=[request_id],
             token_ids=[token],

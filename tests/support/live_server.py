@@ -74,6 +74,7 @@ class LiveServer:
         self.engine.hang = False
         self.engine.fail = None
         self.engine.is_alive = True
+        self.engine.trouble = None
         self.engine.num_cached_tokens = 0
         self.engine.submitted.clear()
         self.engine.aborted.clear()

@@ -27,12 +27,15 @@ class RunningServer:
     ready_s: float
     log: list[str] = field(repr=False)
 
-    def engine_pids(self) -> list[int]:
-        """Live child processes of the server."""
+    def child_pids(self) -> list[int]:
+        """The engine, and after a while its spare."""
         pid = self.process.pid
         return [
             int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         ]
+
+    def engine_pid(self) -> int:
+        return self.child_pids()[0]
 
     def stop(self, sig: signal.Signals = signal.SIGTERM, timeout_s: float = 60) -> int:
         """Send a signal; the exit status."""

@@ -36,7 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "text": BASE | {"config", "checkpoint"},
     "engine": BASE | {"config", "checkpoint", "text"} | DECIDE | DEVICE,
     # The torch-free face of the engine is all that the server may see.
-    "server": BASE | {"config", "checkpoint", "text", "engine.client", "engine.protocol", ""},
+    "server": BASE
+    | {"config", "checkpoint", "text", "engine.client", "engine.supervisor", "engine.protocol", ""},
     "llm": BASE | {"config", "checkpoint", "text", "engine.core", "engine.build"},
     "bench": BASE
     | {"config", "checkpoint", "platforms", "text", "llm", "engine.core", "engine.build"},
@@ -54,6 +55,7 @@ TORCH_FREE = [
     "text",
     "server",
     "engine.client",
+    "engine.supervisor",
 ]
 
 

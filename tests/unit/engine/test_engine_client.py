@@ -1,11 +1,10 @@
-"""`EngineClient` and `Mailbox` against a scripted other side: no engine, no child process."""
+"""`Connection` and `Mailbox` against a scripted other side: no engine, no child process."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 import threading
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,15 @@ import pytest
 
 from octavo.checkpoint import Checkpoint
 from octavo.config import EngineArgs
-from octavo.engine.client import EngineClient
+from octavo.engine import client
+from octavo.engine.client import Connection
 from octavo.engine.messages import (
     Abort,
-    Add,
     Configure,
     Failed,
     Outputs,
+    Ping,
+    Pong,
     Ready,
     Shutdown,
     ToServer,
@@ -31,12 +32,7 @@ from octavo.engine.process import Mailbox
 from octavo.errors import ConfigError, EngineDeadError, EngineError
 from octavo.types import (
     EngineInfo,
-    EngineRequest,
-    Finish,
-    SamplingParams,
-    Started,
     StepOutputs,
-    TokenLogprobs,
 )
 
 INFO = EngineInfo(
@@ -71,12 +67,10 @@ class Child:
 
     def __init__(self) -> None:
         self.returncode: int | None = None
-        self.ended = threading.Event()
+        self.num_kills = 0
 
-    def wait(self, timeout: float | None = None) -> int:
-        assert self.ended.wait(10)
-        assert self.returncode is not None
-        return self.returncode
+    def kill(self) -> None:
+        self.num_kills += 1
 
 
 class Peer:
@@ -86,6 +80,7 @@ class Peer:
         self.sock, self.theirs = socket.socketpair()
         self.process = Child()
         self.is_stopped = False
+        self.num_dumps = 0
 
     def send(self, *messages: ToServer) -> None:
         for message in messages:
@@ -96,36 +91,34 @@ class Peer:
 
     def die(self, returncode: int = -9) -> None:
         self.process.returncode = returncode
-        self.process.ended.set()
         self.theirs.close()
+
+    def kill(self) -> None:
+        self.is_stopped = True
+
+    def dump_stacks(self) -> None:
+        self.num_dumps += 1
 
     def stop(self) -> None:
         self.is_stopped = True
-        self.process.ended.set()
 
 
-def request(request_id: int) -> EngineRequest:
-    return EngineRequest(
-        request_id=request_id, prompt_token_ids=(1,), params=SamplingParams(), max_total_len=9
-    )
+async def connect(peer: Peer) -> Connection:
+    return await Connection.open(peer, EngineArgs(), CHECKPOINT)  # type: ignore[arg-type]
 
 
-def with_client(body: Callable[[EngineClient, Peer], Awaitable[None]]) -> None:
-    """Run `body` with a client that its peer has called ready."""
+def with_connection(body: Callable[[Connection, Peer], Awaitable[None]]) -> None:
+    """Run `body` with a connection whose peer has called itself ready."""
 
     async def main() -> None:
         peer = Peer()
         peer.send(Ready(INFO))
-        client = await EngineClient.connect(peer, EngineArgs(), CHECKPOINT)  # type: ignore[arg-type]
+        connection = await connect(peer)
         assert isinstance(await peer.receive(), Configure)
-        try:
-            await asyncio.wait_for(body(client, peer), 20)
-        finally:
-            if not peer.process.ended.is_set():
-                peer.process.returncode = 0
-            await client.close()
-            assert peer.is_stopped
-            peer.theirs.close()
+        await asyncio.wait_for(body(connection, peer), 20)
+        await connection.close()
+        assert peer.is_stopped
+        peer.theirs.close()
 
     asyncio.run(main())
 
@@ -134,75 +127,18 @@ def test_the_engine_is_not_sent_what_it_does_not_need() -> None:
     async def main() -> None:
         peer = Peer()
         peer.send(Ready(INFO))
-        client = await EngineClient.connect(peer, EngineArgs(), CHECKPOINT)  # type: ignore[arg-type]
+        connection = await connect(peer)
         configure = await peer.receive()
         assert isinstance(configure, Configure)
         assert configure.checkpoint.tokenizer_json is None
         assert configure.checkpoint.chat_template is None
         assert configure.checkpoint.tokenizer_config == {}
-        assert client.info == INFO
-        await client.close()
+        assert connection.info == INFO
+        await connection.close()
+        assert await peer.receive() == Shutdown()
         peer.theirs.close()
 
     asyncio.run(main())
-
-
-def test_outputs_reach_their_streams_and_merge() -> None:
-    async def body(client: EngineClient, peer: Peer) -> None:
-        seen: list[StepOutputs] = []
-        client.add_listener(seen.append)
-        ids = [client.next_request_id() for _ in range(2)]
-        one, two = (client.submit(request(i)) for i in ids)
-        assert client.num_live == 2
-        assert [(await peer.receive()).request.request_id for _ in range(2)] == ids
-        chosen = TokenLogprobs((5,), (-1.0,), 1)
-        peer.send(
-            Outputs(
-                StepOutputs(
-                    request_ids=ids,
-                    token_ids=[5, 6],
-                    started=[Started(ids[0], 16, 0.5)],
-                    logprobs={ids[0]: chosen},
-                    prompt_logprobs={ids[0]: [chosen, chosen]},
-                )
-            ),
-            Outputs(StepOutputs(request_ids=[ids[0], 99], token_ids=[7, 8])),
-            Outputs(StepOutputs(finished=[Finish(ids[0], "stop"), Finish(99, "stop")])),
-        )
-        while len(seen) < 3:
-            await asyncio.sleep(0.001)
-        update = await one.next()
-        assert update.token_ids == [5, 7]
-        assert update.logprobs == [chosen]
-        assert update.prompt_logprobs == [chosen, chosen]
-        assert update.started == Started(ids[0], 16, 0.5)
-        assert update.finish == Finish(ids[0], "stop")
-        assert (await two.next()).token_ids == [6]
-        assert client.num_live == 1
-
-    with_client(body)
-
-
-def test_abort_sends_only_what_is_live() -> None:
-    async def body(client: EngineClient, peer: Peer) -> None:
-        client.submit(request(1))
-        assert isinstance(await peer.receive(), Add)
-        client.abort([55])  # says nothing
-        client.abort([1, 55])
-        assert await peer.receive() == Abort([1])
-
-    with_client(body)
-
-
-def test_an_idle_engine_is_never_called_stalled() -> None:
-    async def body(client: EngineClient, peer: Peer) -> None:
-        await asyncio.sleep(0.02)
-        assert time.monotonic() - client.last_progress_s < 0.01
-        client.submit(request(1))
-        await asyncio.sleep(0.02)
-        assert time.monotonic() - client.last_progress_s >= 0.02
-
-    with_client(body)
 
 
 @pytest.mark.parametrize(
@@ -213,47 +149,57 @@ def test_an_idle_engine_is_never_called_stalled() -> None:
         ([Failed("RuntimeError", "RuntimeError: out of luck")], 1, "out of luck"),
     ],
 )
-def test_death_ends_every_stream(messages: list[ToServer], returncode: int, cause: str) -> None:
-    async def body(client: EngineClient, peer: Peer) -> None:
-        streams = [client.submit(request(i)) for i in (1, 2)]
-        peer.send(*messages)
+def test_messages_are_taken_until_the_end_and_its_cause(
+    messages: list[ToServer], returncode: int, cause: str
+) -> None:
+    async def body(connection: Connection, peer: Peer) -> None:
+        outputs = Outputs(StepOutputs(request_ids=[3], token_ids=[4]))
+        peer.send(outputs, Pong(), *messages)
         peer.die(returncode)
-        for stream in streams:
-            update = await stream.next()
-            assert update.finish is not None
-            assert update.finish.reason == "error"
-            assert cause in update.finish.message
-        assert not client.is_alive
-        assert client.num_live == 0
-        with pytest.raises(EngineDeadError, match=cause):
-            client.submit(request(3))
-        client.abort([1])
+        taken: list[ToServer] = []
+        assert cause in await connection.listen(taken.append)
+        assert taken == [outputs, Pong()]
+        assert peer.is_stopped
 
-    with_client(body)
+    with_connection(body)
 
 
-def test_a_message_that_makes_no_sense_ends_every_stream() -> None:
-    async def body(client: EngineClient, peer: Peer) -> None:
-        stream = client.submit(request(1))
+def test_a_message_that_makes_no_sense_ends_the_connection() -> None:
+    async def body(connection: Connection, peer: Peer) -> None:
         peer.theirs.sendall(b"\x00\x00\x00\x01\xc1")
-        update = await stream.next()
-        assert update.finish is not None
-        assert "cannot be taken in" in update.finish.message
-        assert not client.is_alive
+        assert "cannot be taken in" in await connection.listen(lambda message: None)
+        assert peer.is_stopped
 
-    with_client(body)
+    with_connection(body)
 
 
-def test_close_ends_every_stream_and_says_shutdown() -> None:
+def test_a_kill_asks_for_stacks_first_and_names_its_own_cause() -> None:
+    async def body(connection: Connection, peer: Peer) -> None:
+        killing = asyncio.create_task(connection.kill("It stood still."))
+        await asyncio.sleep(0.01)
+        assert (peer.num_dumps, peer.process.num_kills) == (1, 0)
+        await killing
+        assert peer.process.num_kills == 1
+        peer.die()
+        assert await connection.listen(lambda message: None) == "It stood still."
+
+    with_connection(body)
+
+
+def test_a_slow_start_is_waited_for_as_long_as_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_START_PING_S", 0.05)
+    monkeypatch.setattr(client, "_START_SILENCE_S", 0.3)
+
     async def main() -> None:
         peer = Peer()
-        peer.send(Ready(INFO))
-        client = await EngineClient.connect(peer, EngineArgs(), CHECKPOINT)  # type: ignore[arg-type]
-        stream = client.submit(request(1))
-        await client.close()
-        assert (await stream.next()).finish is not None
-        received = [await peer.receive() for _ in range(3)]
-        assert received[-1] == Shutdown()
+        connecting = asyncio.create_task(connect(peer))
+        assert isinstance(await peer.receive(), Configure)
+        for _ in range(10):
+            assert await peer.receive() == Ping()
+            peer.send(Pong())
+        with pytest.raises(EngineDeadError, match="has not answered"):
+            await connecting
+        assert peer.is_stopped
         peer.theirs.close()
 
     asyncio.run(main())
@@ -273,9 +219,7 @@ def test_a_start_that_fails_says_why(
 ) -> None:
     async def main() -> None:
         peer = Peer()
-        connecting = asyncio.create_task(
-            EngineClient.connect(peer, EngineArgs(), CHECKPOINT)  # type: ignore[arg-type]
-        )
+        connecting = asyncio.create_task(connect(peer))
         assert isinstance(await peer.receive(), Configure)
         if message is not None:
             peer.send(message)
@@ -295,6 +239,9 @@ def test_the_mailbox_passes_messages_both_ways() -> None:
     mailbox = Mailbox(theirs)
     ours.sendall(encode_frame(Configure(EngineArgs(), _bare())) + encode_frame(Abort([1])))
     assert isinstance(mailbox.receive(), Configure)
+    ours.sendall(encode_frame(Ping()))
+    pong = encode_frame(Pong())
+    assert ours.recv(len(pong), socket.MSG_WAITALL) == pong
     assert list(mailbox.drain(wait=True)) == [Abort([1])]
     assert list(mailbox.drain(wait=False)) == []
     for _ in range(3):

@@ -74,6 +74,7 @@ REQUEST = EngineRequest(
     priority=-3,
     cache_salt="s\u00e4lz",
     arrival_s=12.5,
+    output_token_ids=(4, 9),
 )
 CHECKPOINT = Checkpoint(
     model="org/model",

@@ -7,6 +7,7 @@ one terminal message, and its tokens are those that it would have received alone
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -48,6 +49,7 @@ class Scenario:
     depth: int
     caching: bool
     arrivals: list[Arrival]
+    death_after: int | None = None  # steps
 
 
 arrivals = st.builds(
@@ -72,6 +74,7 @@ scenarios = st.builds(
     depth=st.integers(0, 3),
     caching=st.booleans(),
     arrivals=st.lists(arrivals, min_size=1, max_size=14),
+    death_after=st.one_of(st.none(), st.integers(1, 30)),
 )
 
 
@@ -104,6 +107,9 @@ class Simulation:
     preemptions: int = 0
 
     def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
         s = self.scenario
         config = SchedulerConfig(
             max_num_seqs=s.num_rows,
@@ -118,6 +124,15 @@ class Simulation:
         cache = KVCache(s.num_blocks, BLOCK, enable_prefix_caching=s.caching)
         self.scheduler = Scheduler(config, cache)
         self.runner = FakeRunner(s.num_blocks, BLOCK)
+
+    def die(self) -> None:
+        """Another engine goes on with what is live, from what each request has received."""
+        self.in_flight.clear()
+        self.start()
+        for request_id, received in self.streams.items():
+            if request_id not in self.finishes:
+                request = request_of(request_id - 1, self.scenario.arrivals[request_id - 1])
+                self.scheduler.add(dataclasses.replace(request, output_token_ids=tuple(received)))
 
     def step(self) -> None:
         plan = self.scheduler.schedule()
@@ -151,6 +166,8 @@ class Simulation:
                 if due <= now:
                     aborts.remove((due, request_id))
                     self.take(self.scheduler.abort([request_id]))
+            if now == self.scenario.death_after:
+                self.die()
             self.step()
             now += 1
 

@@ -1,0 +1,149 @@
+"""A real engine process with the fake runner.
+
+`EngineArgs.model` names a JSON file that says how it behaves; see `Behaviour`. A prompt that begins
+with one of the tokens below strikes as soon as its row computes the position that its second token
+says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from support.fake_runner import FakeRunner
+
+from octavo.checkpoint import Checkpoint
+from octavo.config import DeviceInfo, EngineArgs, resolve
+from octavo.engine import process
+from octavo.engine.client import EngineProcess
+from octavo.engine.core import EngineCore
+from octavo.engine.messages import Configure
+from octavo.errors import ConfigError
+from octavo.sched.plan import StepPlan, StepResult
+
+BLOCK = 8
+NUM_BLOCKS = 600
+MAX_LEN = 256
+KILLS, RAISES, HANGS = 49, 48, 47  # first tokens of prompts that strike
+
+
+@dataclass
+class Behaviour:
+    step_s: float = 0.0
+    start: str = "ok"  # or: dies, refuses, hangs, stops
+
+    def write(self, path: Path) -> EngineArgs:
+        """The arguments of an engine that behaves so."""
+        path.write_text(json.dumps(asdict(self)))
+        return EngineArgs(model=str(path), block_size=BLOCK, max_model_len=MAX_LEN)
+
+
+_PATHS = [str(Path(__file__).parents[n]) for n in (2, 1)]  # the checkout, and its tests
+
+
+class FakeProcess(EngineProcess):
+    command = (
+        sys.executable,
+        "-c",
+        f"import sys; sys.path[:0] = {_PATHS!r}; from support import engine_child as e; e.run()",
+    )
+
+
+def fake_checkpoint() -> Checkpoint:
+    return Checkpoint(
+        model="fake",
+        path=Path("fake"),
+        weights_format="safetensors",
+        weight_files=(),
+        config={
+            "architectures": ["X"],
+            "vocab_size": 50,
+            "max_position_embeddings": MAX_LEN,
+        },
+    )
+
+
+class Done:
+    def __init__(self, result: StepResult) -> None:
+        self._result = result
+
+    def wait(self) -> StepResult:
+        return self._result
+
+
+class Report:
+    seconds: ClassVar = {"load": 0.1}
+    memory_bytes: ClassVar = {"kv": 1}
+
+
+class DangerousRunner:
+    num_blocks = NUM_BLOCKS
+    report = Report()
+
+    def __init__(self, step_s: float) -> None:
+        self._step_s = step_s
+        self._fake = FakeRunner(NUM_BLOCKS, BLOCK)
+        self._strikes: dict[int, tuple[int, int]] = {}  # by row: what, at which position
+
+    def submit(self, plan: StepPlan) -> Done:
+        for admission in plan.admitted:
+            what, when, *_ = (*admission.request.prompt_token_ids, 0, 0)
+            self._strikes[admission.row] = (what, when)
+        ends = (plan.starts + plan.chunk_lens).tolist()
+        for row, end in zip(plan.rows.tolist(), ends, strict=True):
+            what, when = self._strikes[row]
+            if end > when:
+                self._strike(what)
+        time.sleep(self._step_s)
+        return Done(self._fake.execute(plan))
+
+    def _strike(self, what: int) -> None:
+        if what == KILLS:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == RAISES:
+            raise RuntimeError("device-side assert")
+        if what == HANGS:
+            time.sleep(1000)
+
+    def prepare_more(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+
+def load() -> process.Build:
+    def build(configure: Configure) -> EngineCore:
+        behaviour = Behaviour(**json.loads(Path(configure.args.model).read_text()))
+        if behaviour.start == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if behaviour.start == "refuses":
+            raise ConfigError("no room today")
+        if behaviour.start == "hangs":
+            time.sleep(1000)
+        device = DeviceInfo(
+            kind="cpu",
+            name="cpu",
+            total_memory_bytes=1,
+            free_memory_bytes=1,
+            num_cores=1,
+            default_dtype="float32",
+            dtypes=("float32",),
+            attention_backends=("torch",),
+        )
+        config = resolve(configure.args, configure.checkpoint, device)
+        return EngineCore(config, DangerousRunner(behaviour.step_s))
+
+    return build
+
+
+def run() -> None:
+    status = process.main(sys.argv[1:], load)
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,158 @@
+"""The journal against a model of an engine in which some requests kill."""
+
+from __future__ import annotations
+
+import asyncio
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octavo.engine.journal import Entry, Journal
+from octavo.types import (
+    EngineRequest,
+    Finish,
+    RequestUpdate,
+    SamplingParams,
+    Started,
+    StepOutputs,
+    TokenLogprobs,
+)
+
+
+def request(request_id: int, max_tokens: int = 20) -> EngineRequest:
+    return EngineRequest(
+        request_id=request_id,
+        prompt_token_ids=(7, 8),
+        params=SamplingParams(),
+        max_total_len=2 + max_tokens,
+    )
+
+
+def take(entry: Entry) -> RequestUpdate:
+    """What has arrived."""
+    return asyncio.run(asyncio.wait_for(entry.next(), 1))
+
+
+class Engine:
+    """Gives every request its next token in each step; `strikes` says which kill, and at which."""
+
+    def __init__(self, journal: Journal, strikes: dict[int, int]) -> None:
+        self.journal, self.strikes = journal, strikes
+        self.num_deaths = 0
+        self.killers: list[int] = []
+        self.received: dict[int, list[int]] = {}
+        self.live: dict[int, EngineRequest] = {}
+
+    def admit(self) -> None:
+        for entry in self.journal.admit():
+            asked = entry.enter()
+            assert list(asked.output_token_ids) == self.received.get(asked.request_id, [])
+            assert asked.request_id not in self.live
+            self.live[asked.request_id] = asked
+
+    def step(self) -> None:
+        """The step in which a request strikes gives nobody anything."""
+        if any(len(self.received.get(i, ())) >= self.strikes.get(i, 10**9) for i in self.live):
+            self.die()
+            return
+        finished = []
+        for request_id, asked in self.live.items():
+            tokens = self.received.setdefault(request_id, [])
+            tokens.append(len(tokens))
+            if len(tokens) == asked.max_total_len - 2:
+                finished.append(Finish(request_id, "length"))
+        outputs = StepOutputs(
+            request_ids=list(self.live),
+            token_ids=[self.received[i][-1] for i in self.live],
+            finished=finished,
+        )
+        for finish in finished:
+            del self.live[finish.request_id]
+        self.journal.record(outputs)
+
+    def die(self) -> None:
+        self.num_deaths += 1
+        self.live.clear()
+        killer = self.journal.bury()
+        if killer is not None:
+            self.killers.append(killer.request.request_id)
+            self.journal.finish(Finish(killer.request.request_id, "error"))
+
+
+@settings(max_examples=300)
+@given(
+    num_requests=st.integers(1, 24),
+    strikes=st.dictionaries(st.integers(1, 24), st.integers(0, 18), max_size=4),
+    late=st.integers(0, 8),
+    kills=st.sets(st.integers(0, 300), max_size=8),
+)
+def test_every_killer_is_found_and_the_others_end_well(
+    num_requests: int, strikes: dict[int, int], late: int, kills: set[int]
+) -> None:
+    journal = Journal()
+    strikes = {i: at for i, at in strikes.items() if i <= num_requests}
+    engine = Engine(journal, strikes)
+    entries: dict[int, Entry] = {}
+    # Kills from outside leave room between them, or they could not be told from a request's doing.
+    moments = sorted(moment for moment in kills if not strikes and moment % 8 == 0)
+    for tick in range(3000):
+        if tick % (late or 1) == 0 and len(entries) < num_requests:
+            for _ in range(1 if late else num_requests):
+                request_id = len(entries) + 1
+                entries[request_id] = journal.add(request(request_id))
+        engine.admit()
+        if tick in moments and engine.live:
+            engine.die()
+        else:
+            engine.step()
+        if len(entries) == num_requests and not len(journal):
+            break
+    assert not len(journal)
+    assert sorted(engine.killers) == sorted(strikes)
+    for request_id, entry in entries.items():
+        update = take(entry)
+        assert update.finish is not None
+        assert update.token_ids == engine.received.get(request_id, [])
+        if request_id not in strikes:
+            assert update.finish.reason == "length"
+            assert update.token_ids == list(range(20))
+
+
+def test_one_killer_among_64_costs_a_handful_of_engines() -> None:
+    journal = Journal()
+    engine = Engine(journal, {50: 3})
+    for i in range(1, 65):
+        journal.add(request(i))
+    while len(journal):
+        engine.admit()
+        engine.step()
+    assert engine.killers == [50]
+    assert engine.num_deaths <= 2 + 6 + 1
+
+
+def test_what_was_received_before_is_not_told_again() -> None:
+    journal = Journal()
+    entry = journal.add(request(1))
+    journal.admit()[0].enter()
+    first, second, third = (TokenLogprobs((i,), (-1.0,), 1) for i in (1, 2, 3))
+    journal.record(StepOutputs(prompt_logprobs={1: [first, second]}, started=[Started(1, 0, 0.5)]))
+    assert journal.bury() is None
+    journal.admit()[0].enter()
+    journal.record(StepOutputs(prompt_logprobs={1: [first]}, started=[Started(1, 16, 9.0)]))
+    journal.record(StepOutputs(prompt_logprobs={1: [second, third]}))
+    update = take(entry)
+    assert update.prompt_logprobs == [first, second, third]
+    assert update.started == Started(1, 0, 0.5)
+
+
+def test_arrivals_wait_while_suspects_are_told_apart() -> None:
+    journal = Journal()
+    engine = Engine(journal, {1: 0})
+    for i in (1, 2):
+        journal.add(request(i))
+    for _ in range(2):
+        engine.admit()
+        engine.step()
+    journal.add(request(3))
+    assert [entry.request.request_id for entry in journal.admit()] == [1]
+    assert journal.has_waiting
