@@ -32,7 +32,7 @@ def run(namespace: argparse.Namespace) -> int:
     args = EngineArgs.from_options(**engine_options)
     config = ServerConfig.from_options(**server_options)
     # First of all, as it imports torch while this process prepares its own side.
-    process = EngineProcess()
+    process = EngineProcess(config.crash_folder)
     try:
         asyncio.run(_serve(process, args, config, start_s))
     finally:

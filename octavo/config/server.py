@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from octavo import env
@@ -43,6 +44,12 @@ class ServerConfig:
     spare_engine: bool = option(
         True, "keep a process at hand that has imported torch, for a restart in a second"
     )
+    flight_recorder: bool = option(
+        True, "keep the engine's last steps, and write them to crash_dir when it dies"
+    )
+    crash_dir: str | None = option(
+        None, "folder for flight recordings, which hold prompts (default: OCTAVO_HOME/crashes)"
+    )
     num_text_threads: int = option(2, "threads that tokenise and render long prompts")
     access_log: bool = option(False, "log every request")
 
@@ -69,6 +76,13 @@ class ServerConfig:
         if options.get("api_key") is None:
             options["api_key"] = env.get("OCTAVO_API_KEY") or None
         return from_options(cls, options)
+
+    @property
+    def crash_folder(self) -> Path | None:
+        """Where flight recordings go; None if there are to be none."""
+        if not self.flight_recorder:
+            return None
+        return Path(self.crash_dir).expanduser() if self.crash_dir else env.home() / "crashes"
 
     def served_names(self, model: str) -> tuple[str, ...]:
         """The names under which `model` is served; the first is the one that answers carry."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from octavo.checkpoint import Checkpoint
-from octavo.config import EngineArgs, resolve
+from octavo.config import EngineArgs, EngineConfig, resolve
 from octavo.engine.core import EngineCore
 from octavo.platforms import detect
 from octavo.runner.runner import ModelRunner
 
 
-def build_core(args: EngineArgs, checkpoint: Checkpoint, *, progress: bool = False) -> EngineCore:
+def build_runner(
+    args: EngineArgs, checkpoint: Checkpoint, *, progress: bool = False
+) -> tuple[EngineConfig, ModelRunner]:
     """Load the model and size the cache.
 
     Raises:
@@ -17,5 +19,9 @@ def build_core(args: EngineArgs, checkpoint: Checkpoint, *, progress: bool = Fal
     """
     platform = detect(args.device)
     config = resolve(args, checkpoint, platform.info())
-    runner = ModelRunner(config, platform, progress=progress)
-    return EngineCore(config, runner)
+    return config, ModelRunner(config, platform, progress=progress)
+
+
+def build_core(args: EngineArgs, checkpoint: Checkpoint, *, progress: bool = False) -> EngineCore:
+    """An engine in this process. Raises OctavoError as `build_runner` does."""
+    return EngineCore(*build_runner(args, checkpoint, progress=progress))

@@ -5,6 +5,7 @@ torch.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import signal
 import socket
@@ -12,7 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, Self
 
 from octavo import errors
 from octavo.checkpoint import Checkpoint
@@ -31,8 +33,12 @@ from octavo.engine.messages import (
     frame_length,
     to_server_decoder,
 )
+from octavo.engine.tape import Tape
 from octavo.errors import EngineDeadError, EngineError, OctavoError
+from octavo.log import get_logger
 from octavo.types import EngineInfo
+
+logger = get_logger(__name__)
 
 _SHUTDOWN_S = 5.0
 _START_PING_S = 2.0
@@ -49,31 +55,67 @@ class EngineProcess:
 
     command: ClassVar[tuple[str, ...]] = (sys.executable, "-m", "octavo.engine.process")
 
-    def __init__(self) -> None:
+    def __init__(self, crash_dir: Path | None = None) -> None:
+        """With `crash_dir`, the child's last steps are kept, and dumped there on its death.
+
+        Raises:
+            OSError: there are too many files or processes.
+        """
+        self._crash_dir = crash_dir
+        self._tape = Tape() if crash_dir is not None else None
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        fds = [theirs.fileno(), *(self._tape.fds if self._tape else ())]
         with theirs:
             try:
                 self.process = subprocess.Popen(
-                    [*self.command, str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
+                    [*self.command, *map(str, fds)], pass_fds=fds, stdin=subprocess.DEVNULL
                 )
             except BaseException:
-                self.sock.close()
+                self._release()
                 raise
+
+    def another(self) -> Self:
+        """A fresh process of the same kind."""
+        return type(self)(self._crash_dir)
 
     def stop(self) -> None:
         """End the child, by force if it must be."""
         self.sock.close()  # which tells it to end
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_SHUTDOWN_S)
+        self.kill()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._release()
+
+    def bury(self, cause: Callable[[int | None], str]) -> str:
+        """See the child to its end, which has begun, and dump its last steps; returns the cause,
+        made from its exit status.
+        """
+        self.sock.close()
         try:
             self.process.wait(_SHUTDOWN_S)
         except subprocess.TimeoutExpired:
-            self.kill()
+            self.process.kill()
+            self.process.wait()
+        words = cause(self.process.returncode)
+        if self._tape is not None and self._crash_dir is not None:
+            try:
+                path = self._tape.dump(self._crash_dir, words)
+            except OSError as error:
+                logger.warning("no flight recording of the dead engine: %s", error)
+            else:
+                if path is not None:
+                    logger.error("its last steps are in %s; see `octavo replay`", path)
+        self._release()
+        return words
 
-    def kill(self) -> None:
+    def _release(self) -> None:
         self.sock.close()
-        self.process.kill()
-        self.process.wait()
+        if self._tape is not None:
+            self._tape.close()
 
     def dump_stacks(self) -> None:
         """Have the child write every thread's stack to stderr, if it still can."""
@@ -131,16 +173,22 @@ class Connection:
     async def listen(self, take: Callable[[ToServer], None]) -> str:
         """Hand every message to `take` until the process ends; returns the cause of that."""
         message: ToServer | None = None
+        nonsense: str | None = None
         try:
             while (message := await _receive(self._reader)) is not None:
                 if isinstance(message, Failed):
                     break
                 take(message)
         except Exception as error:
-            await self._end()
-            return f"The engine's messages cannot be taken in: {type(error).__name__}: {error}"
-        await self._end()
-        return self._killed or str(_cause(message, self._process.process.returncode))
+            logger.exception("the engine's messages cannot be taken in")
+            nonsense = f"{type(error).__name__}: {error}"
+            nonsense = f"The engine's messages cannot be taken in: {nonsense}"
+        self._writer.close()
+
+        def cause(returncode: int | None) -> str:
+            return nonsense or self._killed or str(_cause(message, returncode))
+
+        return await asyncio.to_thread(self._process.bury, cause)
 
     async def kill(self, cause: str) -> None:
         """Put an end to a process that does not answer; its stacks go to stderr first."""
@@ -152,9 +200,6 @@ class Connection:
     async def close(self) -> None:
         """Ask the process to end, and see that it does."""
         self.send(Shutdown())
-        await self._end()
-
-    async def _end(self) -> None:
         self._writer.close()
         await asyncio.to_thread(self._process.stop)
 

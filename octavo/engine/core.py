@@ -15,7 +15,7 @@ from octavo.config import EngineConfig
 from octavo.errors import ConfigError
 from octavo.kvcache import KVCache
 from octavo.log import get_logger
-from octavo.sched.plan import StepPlan, StepResult
+from octavo.sched.plan import RowSnapshot, StepPlan, StepResult
 from octavo.sched.scheduler import Scheduler
 from octavo.types import EngineInfo, EngineRequest, Finish, StepOutputs
 
@@ -120,6 +120,14 @@ class EngineCore:
         except BaseException:
             self._scheduler.drop(plan)
             raise
+
+    @property
+    def plans_in_flight(self) -> list[StepPlan]:
+        return [step.plan for step in self._in_flight]
+
+    def snapshot(self) -> list[RowSnapshot]:
+        """The rows as they were before the plans in flight."""
+        return self._scheduler.snapshot(self.plans_in_flight)
 
     def prepare_more(self) -> bool:
         """Spend an idle moment on preparing the device; False when nothing is left to prepare."""

@@ -19,12 +19,12 @@ class Nursery:
 
     def __init__(
         self,
-        kind: type[EngineProcess],
+        first: EngineProcess,
         args: EngineArgs,
         checkpoint: Checkpoint,
         spare_after_s: float | None,
     ) -> None:
-        self._kind = kind
+        self._another = first.another
         self._args = args
         self._checkpoint = checkpoint
         self._spare_after_s = spare_after_s
@@ -39,7 +39,7 @@ class Nursery:
 
     def _prepare(self) -> None:
         try:
-            self._spare = self._spare or self._kind()
+            self._spare = self._spare or self._another()
         except OSError as error:
             logger.warning("no spare engine process: %s", error)
 
@@ -51,7 +51,7 @@ class Nursery:
         if process is not None and process.process.poll() is not None:
             process.kill()  # it has died while it waited
             process = None
-        return await Connection.open(process or self._kind(), self._args, self._checkpoint)
+        return await Connection.open(process or self._another(), self._args, self._checkpoint)
 
     def close(self) -> None:
         if self._timer is not None:

@@ -1,4 +1,5 @@
-"""The engine process: `python -m octavo.engine.process FD`, started by `engine.client`.
+"""The engine process: `python -m octavo.engine.process SOCKET [TAPE TAPE]`, file descriptors that
+it inherits from `engine.client`.
 
 The main thread runs the step loop and nothing else. One thread reads messages, one writes them, so
 that neither a slow server nor a large request holds up a step.
@@ -15,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from octavo import log
@@ -38,7 +39,9 @@ from octavo.errors import OctavoError
 from octavo.types import StepOutputs
 
 if TYPE_CHECKING:
-    from octavo.engine.core import EngineCore
+    from octavo.config import EngineConfig
+    from octavo.engine.core import EngineCore, Runner
+    from octavo.engine.recording import Recorder
 
 logger = log.get_logger(__name__)
 
@@ -107,30 +110,47 @@ class Mailbox:
             logger.debug("writer ends: %s", error)
 
 
-Build = Callable[[Configure], "EngineCore"]
+BuildParts = Callable[[Configure], "tuple[EngineConfig, Runner]"]
 
 
-def load_parts() -> Build:
+def load_parts() -> BuildParts:
     """Import what an engine is made of, torch above all, which takes a second or two: the server
     prepares its side meanwhile.
     """
     start_s = time.monotonic()
-    from octavo.engine.build import build_core
+    from octavo.engine.build import build_runner
 
     import_s = time.monotonic() - start_s
 
-    def build(configure: Configure) -> EngineCore:
+    def build(configure: Configure) -> tuple[EngineConfig, Runner]:
         start_s = time.monotonic()
-        core = build_core(configure.args, configure.checkpoint, progress=sys.stderr.isatty())
-        core.info.startup_s["import"] = import_s
-        core.info.startup_s["total"] = import_s + time.monotonic() - start_s
-        return core
+        config, runner = build_runner(
+            configure.args, configure.checkpoint, progress=sys.stderr.isatty()
+        )
+        runner.report.seconds["import"] = import_s
+        runner.report.seconds["total"] = import_s + time.monotonic() - start_s
+        return config, runner
 
     return build
 
 
-def serve_steps(mailbox: Mailbox, core: EngineCore) -> None:
+def run_engine(
+    mailbox: Mailbox, configure: Configure, build: BuildParts, fds: Sequence[int]
+) -> None:
+    """Build the engine and serve; its steps are recorded in `fds`, if there are any."""
+    from octavo.engine.core import EngineCore
+    from octavo.engine.recording import RecordedRunner, Recorder
+
+    config, runner = build(configure)
+    recorder = Recorder(fds, configure.args) if fds else None
+    core = EngineCore(config, RecordedRunner(runner, recorder) if recorder else runner)
+    serve_steps(mailbox, core, recorder)
+
+
+def serve_steps(mailbox: Mailbox, core: EngineCore, recorder: Recorder | None = None) -> None:
     """Step until the server says stop or is gone."""
+    if recorder is not None:
+        recorder.begin(core.info, [], [])
     gc.collect()
     gc.freeze()  # what lives now lives for good: no collection needs to look at it again
     mailbox.send(Ready(core.info))
@@ -148,6 +168,8 @@ def serve_steps(mailbox: Mailbox, core: EngineCore) -> None:
                     raise RuntimeError(f"an unexpected {type(message).__name__} message")
         if core.has_work and (outputs := core.step()) is not None:
             mailbox.send(Outputs(outputs))
+        if recorder is not None and recorder.is_full:
+            recorder.begin(core.info, core.snapshot(), core.plans_in_flight)
 
 
 def _exit_soon() -> None:
@@ -157,7 +179,7 @@ def _exit_soon() -> None:
     timer.start()
 
 
-def main(argv: list[str], load: Callable[[], Build] = load_parts) -> int:
+def main(argv: list[str], load: Callable[[], BuildParts] = load_parts) -> int:
     """Exit status: 0 after a shutdown, 1 after a failure, which the server was told."""
     log.setup_logging("engine")
     # Sent to the whole process group (Ctrl-C, systemd), they are the server's to handle: it lets
@@ -171,7 +193,7 @@ def main(argv: list[str], load: Callable[[], Build] = load_parts) -> int:
         build = load()
         configure = mailbox.receive()
         if isinstance(configure, Configure):
-            serve_steps(mailbox, build(configure))
+            run_engine(mailbox, configure, build, [int(fd) for fd in argv[1:]])
         return 0  # the server said so, or is gone
     except OctavoError as error:
         mailbox.send(Failed(type(error).__name__, str(error)))

@@ -1,4 +1,6 @@
-"""What a front end may ask of an engine. `engine.supervisor` has the real one, tests a scripted one."""
+"""What a front end may ask of an engine. `engine.supervisor` has the real one, tests a scripted
+one.
+"""
 
 from __future__ import annotations
 

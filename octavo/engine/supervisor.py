@@ -95,7 +95,7 @@ class Supervisor:
             args, kv_cache_memory_bytes=connection.info.memory_bytes.get("kv")
         )
         patience = patience or Patience()
-        nursery = Nursery(type(process), same, checkpoint, patience.spare_after_s)
+        nursery = Nursery(process, same, checkpoint, patience.spare_after_s)
         return cls(connection, nursery, patience)
 
     # -- what a front end asks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -237,6 +237,12 @@ class ModelRunner:
             self._update_rows(plan)
             step = self._replay(plan)
             return self._run(plan) if step is None else self._after_replay(plan, step)
+
+    def set_last_tokens(self, rows: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Replace the rows' next input tokens, which the device has sampled: for replays."""
+        with torch.inference_mode():
+            ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
+            self._rows.last_token_ids[list(rows)] = ids
 
     def prepare_more(self) -> bool:
         """Use an idle moment: capture one more graph. False when there is nothing left to do."""

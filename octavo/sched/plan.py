@@ -36,6 +36,17 @@ class RowAdmission:
 
 
 @dataclass(frozen=True, slots=True)
+class RowSnapshot:
+    """What a row holds at some moment: enough to go on from there."""
+
+    row: int
+    request: EngineRequest
+    output_token_ids: tuple[int, ...]  # as far as the host knows them
+    num_computed: int  # positions whose KV is in the cache
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step. Apply in this order: freed_rows, admitted, block updates, then run the chunks.
 

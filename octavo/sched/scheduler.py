@@ -18,7 +18,7 @@ import numpy as np
 from octavo.config import SchedulerConfig
 from octavo.kvcache import KVCache
 from octavo.sched.delta import PlanDelta, StatsDelta
-from octavo.sched.plan import BoolArray, Int32Array, RowAdmission, StepPlan, StepResult
+from octavo.sched.plan import BoolArray, Int32Array, RowAdmission, RowSnapshot, StepPlan, StepResult
 from octavo.sched.request import Request, Status
 from octavo.sched.rows import RowTable
 from octavo.sched.share import share_prefill_budget
@@ -346,6 +346,28 @@ class Scheduler:
             self._prefilling.remove(row)
         else:
             self._decoding = self._decoding[self._decoding != row]
+
+    def snapshot(self, in_flight: Iterable[StepPlan]) -> list[RowSnapshot]:
+        """The running requests as they were before the plans in flight, without those that came in
+        with them.
+        """
+        rows = self._rows
+        num_computed = rows.num_computed.copy()
+        fresh: set[int] = set()
+        for plan in in_flight:
+            num_computed[plan.rows] -= plan.chunk_lens
+            fresh.update(admission.row for admission in plan.admitted)
+        return [
+            RowSnapshot(
+                request.row,
+                request.spec,
+                tuple(rows.known_tokens(request.row)[request.prompt_len :].tolist()),
+                int(num_computed[request.row]),
+                tuple(request.table.block_ids),
+            )
+            for request in rows.running()
+            if request.row not in fresh and request.table is not None
+        ]
 
     # -- helpers
 

@@ -19,10 +19,10 @@ from typing import ClassVar
 from support.fake_runner import FakeRunner
 
 from octavo.checkpoint import Checkpoint
-from octavo.config import DeviceInfo, EngineArgs, resolve
+from octavo.config import DeviceInfo, EngineArgs, EngineConfig, resolve
 from octavo.engine import process
 from octavo.engine.client import EngineProcess
-from octavo.engine.core import EngineCore
+from octavo.engine.core import Runner
 from octavo.engine.messages import Configure
 from octavo.errors import ConfigError
 from octavo.sched.plan import StepPlan, StepResult
@@ -118,8 +118,8 @@ class DangerousRunner:
         pass
 
 
-def load() -> process.Build:
-    def build(configure: Configure) -> EngineCore:
+def load() -> process.BuildParts:
+    def build(configure: Configure) -> tuple[EngineConfig, Runner]:
         behaviour = Behaviour(**json.loads(Path(configure.args.model).read_text()))
         if behaviour.start == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -138,7 +138,7 @@ def load() -> process.Build:
             attention_backends=("torch",),
         )
         config = resolve(configure.args, configure.checkpoint, device)
-        return EngineCore(config, DangerousRunner(behaviour.step_s))
+        return config, DangerousRunner(behaviour.step_s)
 
     return build
 

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "quant": BASE | {"config", "kernels", "attention", "weights", "layers", "models"},
     "runner": BASE | {"config", "checkpoint", "sched.plan"} | (DEVICE - {"runner"}),
     "text": BASE | {"config", "checkpoint"},
-    "engine": BASE | {"config", "checkpoint", "text"} | DECIDE | DEVICE,
+    "engine": BASE | {"config", "checkpoint", "text", ""} | DECIDE | DEVICE,
     # The torch-free face of the engine is all that the server may see.
     "server": BASE
     | {"config", "checkpoint", "text", "engine.client", "engine.supervisor", "engine.protocol", ""},
@@ -42,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "bench": BASE
     | {"config", "checkpoint", "platforms", "text", "llm", "engine.core", "engine.build"},
     "cli": BASE
-    | {"config", "checkpoint", "text", "llm", "server", "engine.client", "bench", "platforms", ""},
+    | {"config", "checkpoint", "text", "llm", "server", "bench", "platforms", "sched.plan", ""}
+    | {"engine.client", "engine.build", "engine.recording", "engine.replay"},
     "__init__": {"env", "types", "llm"},
     "__main__": {"cli"},
 }

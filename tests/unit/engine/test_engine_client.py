@@ -102,6 +102,10 @@ class Peer:
     def stop(self) -> None:
         self.is_stopped = True
 
+    def bury(self, cause: Callable[[int | None], str]) -> str:
+        self.is_stopped = True
+        return cause(self.process.returncode)
+
 
 async def connect(peer: Peer) -> Connection:
     return await Connection.open(peer, EngineArgs(), CHECKPOINT)  # type: ignore[arg-type]
