@@ -140,12 +140,10 @@ def time_attention() -> None:
         pages = [Paged.make(shape, [1] * n, [context] * n, n) for _ in range(copies_of(num_bytes))]
         query, backend = random(n, 32, 128), TritonAttention()
         us = time_us([lambda p=p: backend._attend(query, p.kv, p.batch, spec) for p in pages])
-        splits = paged_decode_triton.count_splits(
-            n, 8, context, launch.num_processors(query.device)
-        )
+        splits = paged_decode_triton.plan_splits(n, 8, context, launch.num_processors(query.device))
         report(
             "attention decode", f"8B {n} x {context}", us, num_bytes=num_bytes,
-            note=f"{splits} splits",
+            note=f"{splits.most} splits",
         )  # fmt: skip
     for chunks in (
         [(2048, 2048)], [(2048, 2048)] * 4, [(512, 512)], [(16_384, 16_384)], [(2048, 16_384)],

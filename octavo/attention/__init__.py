@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from octavo.attention.base import AttentionBackend, AttentionBatch, AttentionSpec, KVLayer
+from octavo.attention.base import (
+    AttentionBackend,
+    AttentionBatch,
+    AttentionSpec,
+    KVLayer,
+    SharedPrefix,
+)
 from octavo.attention.context import ForwardContext
 from octavo.attention.cpu_backend import NativeAttention
 from octavo.attention.torch_backend import TorchAttention
@@ -31,6 +37,7 @@ __all__ = [
     "AttentionSpec",
     "ForwardContext",
     "KVLayer",
+    "SharedPrefix",
     "TorchAttention",
     "get_backend",
 ]

@@ -35,11 +35,23 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedPrefix:
+    """Leading blocks that some of a step's decodes have in common. A hint: everything is in
+    `AttentionBatch` as well.
+    """
+
+    block_table: torch.Tensor  # [max_blocks] int32
+    lens: torch.Tensor  # [num_decodes] int32: common positions, 0 for those who do not take part
+    length: torch.Tensor  # [1] int32: the same for those who do, less than their seq_lens
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """What attention needs to know of a step; built once by the runner, read by every layer.
 
     Sequence i owns query tokens [query_starts[i], query_starts[i+1]), which are the last of its
-    seq_lens[i] positions. The first `num_decodes` sequences have exactly one query token.
+    seq_lens[i] positions. The first `num_decodes` sequences have exactly one query token, or are
+    padding: none and seq_lens 0.
     """
 
     # Where each token's K/V go: block_id * block_size + offset.
@@ -54,6 +66,7 @@ class AttentionBatch:
     max_seq_len: int
     query_lens: tuple[int, ...]  # the same on the host, for backends that loop
     host_seq_lens: tuple[int, ...]
+    shared: SharedPrefix | None = None
 
 
 class AttentionBackend(Protocol):

@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 
 from octavo.attention.base import AttentionBatch, AttentionSpec, KVLayer
-from octavo.kernels.paged_decode_triton import DecodeWorkspace, paged_decode
+from octavo.kernels.paged_decode_triton import DecodeWorkspace, SharedPart, paged_decode
 from octavo.kernels.paged_prefill_triton import paged_prefill
 from octavo.kernels.qkv import HeadTransform
 from octavo.kernels.qkv_triton import rotate_and_store
+from octavo.kernels.shared_prefix_triton import attend_shared
 
 
 class TritonAttention:
@@ -62,9 +63,11 @@ class TritonAttention:
         out = torch.empty_like(query)
         num_decodes = batch.num_decodes
         if num_decodes:
+            # A graph may be padded to more decodes than there are tokens; those are empty.
+            num_queries = min(num_decodes, len(query))
             paged_decode(
-                query[:num_decodes],
-                out[:num_decodes],
+                query[:num_queries],
+                out[:num_queries],
                 kv.k,
                 kv.v,
                 batch.block_tables,
@@ -74,6 +77,7 @@ class TritonAttention:
                 scale=spec.scale,
                 window=spec.sliding_window,
                 softcap=spec.logit_softcap,
+                shared=_attend_shared(query[:num_queries], kv, batch, spec),
             )
         if len(batch.query_lens) > num_decodes:
             paged_prefill(
@@ -84,10 +88,29 @@ class TritonAttention:
                 batch.block_tables[num_decodes:],
                 batch.query_starts[num_decodes:],
                 batch.seq_lens[num_decodes:],
-                len(query) - num_decodes,
+                len(query) - sum(batch.query_lens[:num_decodes]),
                 batch.max_query_len,
                 scale=spec.scale,
                 window=spec.sliding_window,
                 softcap=spec.logit_softcap,
             )
         return out
+
+
+def _attend_shared(
+    query: torch.Tensor, kv: KVLayer, batch: AttentionBatch, spec: AttentionSpec
+) -> SharedPart | None:
+    """What the decodes have in common, on its own. A window would hide parts of it."""
+    shared = batch.shared
+    if shared is None or spec.sliding_window is not None:
+        return None
+    return attend_shared(
+        query,
+        kv.k,
+        kv.v,
+        shared.block_table,
+        shared.lens,
+        shared.length,
+        scale=spec.scale,
+        softcap=spec.logit_softcap,
+    )

@@ -7,7 +7,8 @@ head are the rows of one matrix product.
 
 The number of splits is fixed by the launch; how many of them a sequence really uses, and how long
 they are, each program works out from the sequence's length on the device. The rest exit at once.
-The split that finishes last adds up all of them, so that there is no second launch.
+The split that finishes last adds up all of them, so that there is no second launch. It also adds
+what `shared_prefix_triton` has found for the keys that many sequences have in common.
 
 The plain twin is `octavo.attention.torch_backend`.
 """
@@ -28,8 +29,11 @@ from octavo.kernels import launch
 LOG2_E = 1.4426950408889634
 # A split is at least so long: below, starting a program costs more than what it reads.
 MIN_SPLIT_LEN = 128
-# ... and a sequence is cut at least so finely, lest one long context among short ones be a tail.
-MAX_SPLIT_LEN = 32768
+# The same where sequences fill the GPU uncut: only one long context among short ones is cut, lest
+# it be a tail.
+LONG_SPLIT_LEN = 1024
+# Contexts may be cut into so many parts even where sequences fill the GPU.
+MIN_SPLITS = 4
 # Programs per processor to aim at.
 PROGRAMS_PER_PROCESSOR = 2
 
@@ -38,6 +42,22 @@ class DecodeConfig(NamedTuple):
     block_n: int  # keys per iteration
     num_warps: int
     num_stages: int
+
+
+class Splits(NamedTuple):
+    """How contexts are cut."""
+
+    most: int  # parts
+    min_len: int  # keys of a part
+
+
+class SharedPart(NamedTuple):
+    """Sums over the keys that sequences have in common; see `shared_prefix_triton`."""
+
+    lens: torch.Tensor  # [num_seqs] int32: how many of each sequence's first keys are in the sums
+    partial: torch.Tensor  # [num_splits, num_seqs, num_heads, DIM] float32
+    sums: torch.Tensor  # [num_splits, 2, num_seqs, num_heads] float32: maximum, sum
+    num_splits: int
 
 
 @triton.jit
@@ -57,12 +77,16 @@ def decode_kernel(
     partial_ptr,  # [num_seqs * num_kv_heads * num_splits, ROWS, DIM] float32
     sums_ptr,  # [num_seqs * num_kv_heads * num_splits, 2, ROWS] float32: maximum, sum
     arrived_ptr,  # [num_seqs * num_kv_heads] int32, zero before and after
+    shared_lens_ptr,  # SharedPart
+    shared_partial_ptr,
+    shared_sums_ptr,
     table_stride,
     k_block_stride,
     k_slot_stride,
     v_block_stride,
     v_slot_stride,
     head_dim,
+    min_split,
     window,
     scale,  # of the scores
     softcap,
@@ -72,9 +96,9 @@ def decode_kernel(
     EVEN_DIM: tl.constexpr,  # whether it is one already
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
     SPLIT: tl.constexpr,  # whether there is more than one split
     MAX_SPLITS: tl.constexpr,  # number of splits, padded to a power of two
+    SHARED_SPLITS: tl.constexpr,  # of the common keys; 0: there are none
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -87,17 +111,21 @@ def decode_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     seq_len = tl.load(seq_lens_ptr + seq)
+    if seq_len == 0:
+        return
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(seq_len - window, 0)
+    if SHARED_SPLITS > 0:
+        first = tl.load(shared_lens_ptr + seq)
     num_keys = seq_len - first
     start = first
     stop = seq_len
     num_used = 1
     if SPLIT:
-        split_len = tl.cdiv(tl.cdiv(num_keys, tl.num_programs(2)), BLOCK_N) * BLOCK_N
-        split_len = tl.maximum(split_len, MIN_SPLIT)
-        num_used = tl.maximum(tl.cdiv(num_keys, split_len), 1)
+        num_used = tl.minimum(tl.cdiv(num_keys, min_split), tl.num_programs(2))
+        split_len = tl.cdiv(tl.cdiv(num_keys, num_used), BLOCK_N) * BLOCK_N
+        num_used = tl.cdiv(num_keys, split_len)
         if split >= num_used:
             return
         start = first + split * split_len
@@ -147,9 +175,10 @@ def decode_kernel(
             pair = seq * num_kv_heads + kv_head
             here = pair * tl.num_programs(2) + split
             tile = rows[:, None] * DIM + dims[None, :]
-            tl.store(partial_ptr + here * ROWS * DIM + tile, acc)
-            tl.store(sums_ptr + here * 2 * ROWS + rows, highest)
-            tl.store(sums_ptr + here * 2 * ROWS + ROWS + rows, total)
+            is_head = rows < GROUP
+            tl.store(partial_ptr + here * ROWS * DIM + tile, acc, mask=is_head[:, None])
+            tl.store(sums_ptr + here * 2 * ROWS + rows, highest, mask=is_head)
+            tl.store(sums_ptr + here * 2 * ROWS + ROWS + rows, total, mask=is_head)
             tl.debug_barrier()  # all threads' stores before the count
             arrived = tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel", scope="gpu")
             if arrived != num_used - 1:
@@ -158,7 +187,7 @@ def decode_kernel(
             tl.store(arrived_ptr + pair, 0)
             base = pair * tl.num_programs(2)
             splits = tl.arange(0, MAX_SPLITS)
-            used = (splits < num_used)[:, None]
+            used = (splits < num_used)[:, None] & is_head[None, :]
             sums = sums_ptr + (base + splits)[:, None] * 2 * ROWS + rows[None, :]
             maxima = tl.load(sums, mask=used, other=float("-inf"), cache_modifier=".cg")
             totals = tl.load(sums + ROWS, mask=used, other=0.0, cache_modifier=".cg")
@@ -167,10 +196,37 @@ def decode_kernel(
             acc = tl.zeros([ROWS, DIM], tl.float32)
             for other in tl.range(0, num_used):
                 there = base + other
-                maximum = tl.load(sums_ptr + there * 2 * ROWS + rows, cache_modifier=".cg")
-                part = tl.load(partial_ptr + there * ROWS * DIM + tile, cache_modifier=".cg")
+                maximum = tl.load(
+                    sums_ptr + there * 2 * ROWS + rows, mask=is_head, cache_modifier=".cg"
+                )
+                part = tl.load(
+                    partial_ptr + there * ROWS * DIM + tile,
+                    mask=is_head[:, None],
+                    cache_modifier=".cg",
+                )
                 acc += part * tl.exp2(maximum - highest)[:, None]
-    out = acc / tl.where(total > 0.0, total, 1.0)[:, None]  # a padding row may have length 0
+    if SHARED_SPLITS > 0:  # noqa: SIM102  # known at compile time
+        if first > 0:
+            num_seqs = tl.num_programs(0)
+            num_heads = num_kv_heads * GROUP
+            for other in tl.static_range(SHARED_SPLITS):
+                sums = shared_sums_ptr + (2 * other * num_seqs + seq) * num_heads + heads
+                maximum = tl.load(sums, mask=rows < GROUP, other=0.0)
+                part_total = tl.load(sums + num_seqs * num_heads, mask=rows < GROUP, other=0.0)
+                part = tl.load(
+                    shared_partial_ptr
+                    + ((other * num_seqs + seq) * num_heads + heads)[:, None] * DIM
+                    + dims[None, :],
+                    mask=(rows < GROUP)[:, None],
+                    other=0.0,
+                )
+                higher = tl.maximum(highest, maximum)
+                shrink = tl.exp2(highest - higher)
+                grow = tl.exp2(maximum - higher)
+                acc = acc * shrink[:, None] + part * grow[:, None]
+                total = total * shrink + part_total * grow
+                highest = higher
+    out = acc / total[:, None]
     tl.store(out_ptr + query_offsets, out.to(out_ptr.dtype.element_ty), mask=query_mask)
 
 
@@ -204,22 +260,22 @@ class DecodeWorkspace:
         return buffers[-1]
 
 
-def count_splits(num_seqs: int, num_kv_heads: int, max_len: int, num_processors: int) -> int:
-    """Into how many parts a context of max_len keys is cut, at most."""
+def plan_splits(num_seqs: int, num_kv_heads: int, max_len: int, num_processors: int) -> Splits:
+    """How to cut contexts of at most max_len keys."""
     target: int = triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors, num_seqs * num_kv_heads)
-    fewest: int = triton.cdiv(max_len, MAX_SPLIT_LEN)
-    most: int = triton.cdiv(max_len, MIN_SPLIT_LEN)
-    return max(min(max(target, fewest), most, 128), 1)
+    min_len = MIN_SPLIT_LEN if target > 1 else LONG_SPLIT_LEN
+    most: int = triton.cdiv(max_len, min_len)
+    return Splits(max(min(max(target, MIN_SPLITS), most, 128), 1), min_len)
 
 
-def choose_config(head_dim: int, itemsize: int, is_split: bool) -> DecodeConfig:
+def choose_config(head_dim: int, itemsize: int, min_split: int) -> DecodeConfig:
     """By the bytes that one iteration keeps in shared memory. On an H100, head_dim 128, bfloat16:
-    16 sequences x 16,384 keys in 370 us (94 % of the read ceiling) when split, 256 x 1,024 in
-    361 us (96 %) when not.
+    16 sequences x 16,384 keys in 364 us (96 % of the read ceiling), 256 of 100 to 1,500 in 300 us
+    (92 %), 64 of 200 to 2,000 in 104 us (84 %), 16 such in 34 us (71 %).
     """
     row_bytes = triton.next_power_of_2(head_dim) * itemsize
     if row_bytes <= 256:
-        return DecodeConfig(128, 4, 2) if is_split else DecodeConfig(64, 2, 3)
+        return DecodeConfig(128, 4, 2) if min_split < LONG_SPLIT_LEN else DecodeConfig(64, 4, 3)
     return DecodeConfig(block_n=32, num_warps=4, num_stages=3 if row_bytes <= 512 else 2)
 
 
@@ -229,7 +285,7 @@ def paged_decode(
     k_cache: torch.Tensor,  # [num_blocks, block_size, num_kv_heads, head_dim]
     v_cache: torch.Tensor,
     block_tables: torch.Tensor,  # [>= num_seqs, max_blocks] int32
-    seq_lens: torch.Tensor,  # [>= num_seqs] int32; 0 and 1 are padding and do no harm
+    seq_lens: torch.Tensor,  # [>= num_seqs] int32; 0: there is none, nothing is written
     max_seq_len: int,  # a bound that only decides how finely contexts are cut
     workspace: DecodeWorkspace,
     *,
@@ -237,7 +293,7 @@ def paged_decode(
     window: int | None = None,
     softcap: float | None = None,
     config: DecodeConfig | None = None,
-    num_splits: int | None = None,
+    shared: SharedPart | None = None,  # not with a window
 ) -> None:
     """Attend, into `out`. The keys of the query tokens themselves are in the cache already."""
     num_seqs, num_heads, head_dim = query.shape
@@ -247,10 +303,9 @@ def paged_decode(
     group = num_heads // num_kv_heads
     rows, dim = max(triton.next_power_of_2(group), 16), triton.next_power_of_2(head_dim)
     max_len = max_seq_len if window is None else min(max_seq_len, window)
-    if num_splits is None:
-        processors = launch.num_processors(query.device)
-        num_splits = count_splits(num_seqs, num_kv_heads, max_len, processors)
-    config = config or choose_config(head_dim, k_cache.element_size(), num_splits > 1)
+    processors = launch.num_processors(query.device)
+    num_splits, min_split = plan_splits(num_seqs, num_kv_heads, max_len, processors)
+    config = config or choose_config(head_dim, k_cache.element_size(), min_split)
     num_pairs = num_seqs * num_kv_heads
     buffers = (query, query, query)
     if num_splits > 1:
@@ -264,12 +319,14 @@ def paged_decode(
         block_tables,
         seq_lens,
         *buffers,
+        *((seq_lens, query, query) if shared is None else shared[:3]),
         block_tables.stride(0),
         k_cache.stride(0),
         k_cache.stride(1),
         v_cache.stride(0),
         v_cache.stride(1),
         head_dim,
+        min_split,
         window or 0,
         scale,
         softcap or 0.0,
@@ -279,9 +336,9 @@ def paged_decode(
         EVEN_DIM=dim == head_dim,
         BLOCK_SIZE=block_size,
         BLOCK_N=config.block_n,
-        MIN_SPLIT=MIN_SPLIT_LEN,
         SPLIT=num_splits > 1,
         MAX_SPLITS=max(triton.next_power_of_2(num_splits), 16),
+        SHARED_SPLITS=0 if shared is None else shared.num_splits,
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,
         OVERLAP=overlap,

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 
 import numpy as np
 import torch
@@ -23,9 +24,11 @@ from octavo.models import create_model
 from octavo.platforms import Platform
 from octavo.quant import quantize, stack_layers
 from octavo.runner import memory, prompt_logprobs
-from octavo.runner.graphs import Capturer, ChunkGraphs, DecodeGraphs, GraphStep, StepModel
+from octavo.runner.chunk_graphs import ChunkGraphs, StepSize
+from octavo.runner.graphs import Capturer, DecodeGraphs, GraphStep, StepModel
 from octavo.runner.inputs import build_inputs
 from octavo.runner.kv import allocate_kv, block_bytes
+from octavo.runner.prefixes import PrefixFinder
 from octavo.runner.prompt_logprobs import PromptLogprobs
 from octavo.runner.rows import DeviceRows, to_device
 from octavo.runner.sampler import SampledLogprobs, Sampler
@@ -135,6 +138,8 @@ class ModelRunner:
         self._rows = DeviceRows(runner.max_num_seqs, max_blocks, self._device)
         self._sampler = Sampler(runner.max_num_seqs, self._config.model.vocab_size, self._device)
         self._prompt_logprobs = PromptLogprobs(self._device)
+        block_size = self._config.cache.block_size
+        self._prefixes = PrefixFinder(runner.max_num_seqs, max_blocks, block_size)
 
     def _compile_kernels(self) -> None:
         """Run a step of each size that kernels are compiled for, all at once: most of a
@@ -170,7 +175,10 @@ class ModelRunner:
         if self._uses_graphs:
             decodes, chunks = self._new_graphs()
             decodes.capture(runner.max_num_seqs)
-            chunks.capture(chunks.token_ladder[-1], chunks.sequence_ladder[-1])
+            size = StepSize(
+                chunks.token_ladder[-1], chunks.decode_ladder[-1], chunks.chunk_ladder[-1]
+            )
+            chunks.capture(size)
             del decodes, chunks
         self._platform.synchronize()
         reserve_bytes = max(0, self._platform.memory_peak_bytes() - self._weights_end_bytes)
@@ -207,7 +215,7 @@ class ModelRunner:
                 decodes.capture(size)
         for num_tokens in _FIRST_CHUNKS:
             if num_tokens in chunks.token_ladder:
-                chunks.capture(num_tokens, chunks.sequence_ladder[0])
+                chunks.capture(StepSize(num_tokens, 0, chunks.chunk_ladder[0]))
         self._platform.synchronize()
         self.report.memory_bytes["graphs"] = self._platform.memory_used_bytes() - used
 
@@ -254,11 +262,11 @@ class ModelRunner:
                 if not decodes.is_captured(size):
                     decodes.capture(size)
                     return True
-            for num_tokens in chunks.token_ladder:
-                for num_seqs in chunks.sequence_ladder:
-                    if num_seqs <= num_tokens and not chunks.is_captured(num_tokens, num_seqs):
-                        chunks.capture(num_tokens, num_seqs)
-                        return True
+            for num_tokens, num_decodes in product(chunks.token_ladder, chunks.decode_ladder):
+                step_size = StepSize(num_tokens, num_decodes, chunks.chunk_ladder[0])
+                if num_decodes < num_tokens and not chunks.is_captured(step_size):
+                    chunks.capture(step_size)
+                    return True
         return False
 
     def close(self) -> None:
@@ -278,6 +286,7 @@ class ModelRunner:
             self._sampler.admit(admission)
             self._prompt_logprobs.admit(admission)
         self._rows.update(plan)
+        self._prefixes.update(plan)
 
     def _forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch
@@ -292,7 +301,8 @@ class ModelRunner:
             return None
         greedy = self._sampler.is_plain_greedy(plan.rows[plan.samples])
         if plan.num_decodes == len(plan.rows):
-            return self._decode_graphs.replay(plan.rows, greedy=greedy)
+            prefix = self._prefixes.find(plan.rows)
+            return self._decode_graphs.replay(plan.rows, greedy=greedy, prefix=prefix)
         if self._prompt_logprobs.wants_any(plan.rows):
             return None
         return self._chunk_graphs.try_replay(plan, greedy=greedy)

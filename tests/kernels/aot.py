@@ -106,6 +106,7 @@ def qkv() -> None:
 def attention() -> None:
     from octavo.kernels.paged_decode_triton import DecodeWorkspace, paged_decode
     from octavo.kernels.paged_prefill_triton import paged_prefill
+    from octavo.kernels.shared_prefix_triton import attend_shared
 
     for spec in (
         AttentionSpec(32, 8, 128, 0.1),
@@ -120,6 +121,14 @@ def attention() -> None:
         for max_len in (64, 4096):
             rows = query[:2], query[:2], cache, cache, table, lens, max_len, DecodeWorkspace()
             paged_decode(*rows, **how)
+        if spec.sliding_window is None or spec.logit_softcap is not None:
+            how |= {"window": None}
+            part = attend_shared(
+                query[:2], cache, cache, table[0], lens, lens[:1], scale=0.1,
+                softcap=spec.logit_softcap,
+            )  # fmt: skip
+            paged_decode(*rows, **how, shared=part)
+            how |= {"window": spec.sliding_window}
         starts = torch.zeros(3, dtype=torch.int32)
         for max_query_len in (8, 2048):
             rows = query, query, cache, cache, table, starts, lens, 64, max_query_len

@@ -12,7 +12,8 @@ from support.paged import PagedCache
 
 pytest.importorskip("triton")
 
-from octavo.attention import AttentionSpec, TorchAttention, get_backend
+from octavo.attention import AttentionSpec, SharedPrefix, TorchAttention, get_backend
+from octavo.kernels import launch
 
 SPECS = {
     "gqa": AttentionSpec(4, 2, 32, 32**-0.5),
@@ -69,7 +70,7 @@ def test_single_tokens_may_also_come_as_chunks(device):
 
 
 def test_padding_rows_do_no_harm(device):
-    """A graph's spare rows: length 0 or 1, pointing at block 0."""
+    """A graph's spare rows: length 1, pointing at block 0, or length 0, which write nothing."""
     spec = SPECS["gqa"]
     cache = PagedCache([spec], device=device, block_size=16)
     for layer in cache.kv:
@@ -91,4 +92,62 @@ def test_padding_rows_do_no_harm(device):
     got = get_backend("triton").forward(query, key, value, cache.kv[0], padded, spec)
     expected = value.repeat_interleave(2, dim=1)
     torch.testing.assert_close(got[:2], expected[:2])
-    assert got.isfinite().all()
+    assert got[3].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["gqa", "odd-group", "mha-80", "softcap", "window"])
+@pytest.mark.parametrize("num_splits", [1, 8])
+def test_a_shared_prefix_is_read_once(name, num_splits, device, monkeypatch):
+    """Sequences 0 and 2 begin with the same blocks, sequence 1 does not."""
+    spec = SPECS[name]
+    monkeypatch.setattr(launch, "num_processors", lambda device: 16 * num_splits)
+    cache = PagedCache([spec], 128, 16, device=device)
+    cache.step([(0, 90), (1, 70), (2, 80)])
+    cache.tables[2][:4] = cache.tables[0][:4]
+    batch = cache.step([(0, 1), (1, 1), (2, 1)])
+    for layer in cache.kv:
+        layer.k.normal_()
+        layer.v.normal_()
+    lens = torch.tensor([64, 0, 64], dtype=torch.int32, device=device)
+    shared = SharedPrefix(batch.block_tables[2].clone(), lens, lens[:1])
+    heads = torch.randn(3, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim, device=device)
+    split = [spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]
+    query, key, value = heads.split(split, dim=1)
+    expected = TorchAttention().forward(query, key, value, cache.kv[0], batch, spec)
+    batch = dataclasses.replace(batch, shared=shared)
+    got = get_backend("triton").forward(query, key, value, cache.kv[0], batch, spec)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_mixed_steps_with_padding(device):
+    """As a graph lays them out: empty decodes, empty chunks, tokens of nobody."""
+    spec = SPECS["gqa"]
+    cache = PagedCache([spec], device=device, block_size=16)
+    for layer in cache.kv:
+        layer.k.normal_()
+        layer.v.normal_()
+    cache.step([(0, 20), (1, 40), (2, 7)])
+    batch = cache.step([(0, 1), (1, 1), (2, 9), (3, 30)])
+    used = len(batch.slot_mapping)
+
+    def spread(values, fill):  # room for 4 decodes and 3 chunks
+        blank = values.new_full((1, *values.shape[1:]), fill)
+        return torch.cat([values[:2], blank, blank, values[2:], blank])
+
+    starts = torch.tensor([0, 1, 2, 2, 2, 11, 41, 41], dtype=torch.int32, device=device)
+    padded = dataclasses.replace(
+        batch,
+        seq_lens=spread(batch.seq_lens, 0),
+        block_tables=spread(batch.block_tables, 0),
+        slot_mapping=torch.cat([batch.slot_mapping, batch.slot_mapping.new_zeros(7)]),
+        query_starts=starts,
+        num_decodes=4,
+        max_query_len=48,
+        query_lens=(0,) * 4 + (48,) * 3,
+    )
+    query, key, value = torch.randn(48, 8, spec.head_dim, device=device).split([4, 2, 2], 1)
+    expected = TorchAttention().forward(
+        query[:used], key[:used], value[:used], cache.kv[0], batch, spec
+    )
+    got = get_backend("triton").forward(query, key, value, cache.kv[0], padded, spec)
+    torch.testing.assert_close(got[:used], expected, atol=1e-5, rtol=1e-5)
