@@ -344,6 +344,16 @@ class EngineInfo:
 
 
 @dataclass(slots=True)
+class EngineCounts:
+    """What has been done so that an engine goes on after its processes have died."""
+
+    num_restarts: int = 0
+    num_resumed: int = 0  # requests that went on in another process
+    num_isolated: int = 0  # requests given up because they killed engines
+    last_recovery_s: float = 0.0  # from a death to the next process's being ready
+
+
+@dataclass(slots=True)
 class RequestUpdate:
     """What a request received since its reader last looked: tokens merge, so a slow reader costs
     bounded memory.

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from octavo.types import EngineInfo, EngineRequest, RequestUpdate, StepOutputs
+from octavo.types import EngineCounts, EngineInfo, EngineRequest, RequestUpdate, StepOutputs
 
 
 class RequestStream(Protocol):
@@ -25,6 +25,9 @@ class AsyncEngine(Protocol):
 
     @property
     def info(self) -> EngineInfo: ...
+
+    @property
+    def counts(self) -> EngineCounts: ...
 
     @property
     def is_alive(self) -> bool:

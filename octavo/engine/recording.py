@@ -6,6 +6,7 @@ A plan is written before it runs, so the last one is the one that killed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -21,8 +22,11 @@ from octavo.config import EngineArgs
 from octavo.engine.core import Pending, Runner
 from octavo.engine.tape import End, frame_of, frames_of, preamble
 from octavo.errors import ConfigError
+from octavo.log import get_logger
 from octavo.sched.plan import RowAdmission, RowSnapshot, StepPlan, StepResult
 from octavo.types import EngineInfo
+
+logger = get_logger(__name__)
 
 STEPS_PER_FILE = 2000
 _BYTES_PER_FILE = 32 << 20
@@ -103,6 +107,7 @@ class Recorder:
         self._fds = list(fds)
         self._args = args
         self._serial = 0
+        self._is_broken = False
         self._num_steps = self._num_bytes = 0
 
     @property
@@ -115,11 +120,12 @@ class Recorder:
     ) -> None:
         """Go on in the other file, from `rows` and the plans that are in flight."""
         self._fds.reverse()
-        os.ftruncate(self._fds[0], 0)
-        os.lseek(self._fds[0], 0, os.SEEK_SET)
         self._num_steps = self._num_bytes = 0
         self._serial += 1
-        os.write(self._fds[0], preamble(self._serial))
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._fds[0], 0)
+            os.lseek(self._fds[0], 0, os.SEEK_SET)
+            os.write(self._fds[0], preamble(self._serial))
         self._write(Start(octavo.__version__, self._args, info))
         self._write(Rows(rows))
         for plan in in_flight:
@@ -134,9 +140,15 @@ class Recorder:
         self._write(Ran(plan.step, time.monotonic(), token_ids))
 
     def _write(self, record: Record) -> None:
+        """A full memory costs the recording its end, not the engine its life."""
         frame = frame_of(record)
         self._num_bytes += len(frame)
-        os.write(self._fds[0], frame)
+        try:
+            os.write(self._fds[0], frame)
+        except OSError as error:
+            if not self._is_broken:
+                logger.warning("steps are no longer recorded: %s", error)
+            self._is_broken = True
 
 
 @dataclass(frozen=True, slots=True)

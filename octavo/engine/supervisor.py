@@ -22,7 +22,7 @@ from octavo.engine.messages import Abort, Add, Outputs, Ping, Pong, ToServer
 from octavo.engine.nursery import Nursery
 from octavo.errors import EngineDeadError, OctavoError
 from octavo.log import get_logger
-from octavo.types import EngineRequest, Finish, StepOutputs, StepStats
+from octavo.types import EngineCounts, EngineRequest, Finish, StepOutputs, StepStats
 
 logger = get_logger(__name__)
 
@@ -44,22 +44,12 @@ class Patience:
     spare_after_s: float | None = 5.0  # until the next process is made; None: when it is needed
 
 
-@dataclass(slots=True)
-class Counts:
-    """What the supervisor has had to do."""
-
-    num_restarts: int = 0
-    num_resumed: int = 0  # requests that went on in another process
-    num_isolated: int = 0  # requests that killed engines
-    last_recovery_s: float = 0.0  # from a death to the next engine's being ready
-
-
 class Supervisor:
     """An `AsyncEngine` over a sequence of engine processes."""
 
     def __init__(self, connection: Connection, nursery: Nursery, patience: Patience) -> None:
         self.info = connection.info
-        self.counts = Counts()
+        self.counts = EngineCounts()
         self._nursery = nursery
         self._patience = patience
         self._connection: Connection | None = None

@@ -19,7 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from octavo.types import EngineInfo, StepOutputs, StepStats
+from octavo.types import EngineCounts, EngineInfo, StepOutputs, StepStats
 
 # Seconds. Fine from 1 ms: a decode step of a small model takes 2 to 10.
 _FINE_S = (0.001, 0.002, 0.003, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05)
@@ -101,8 +101,9 @@ class Histograms:
 class ServerMetrics(Collector):
     """Counts, and collects itself into a registry of its own."""
 
-    def __init__(self, info: EngineInfo, model_name: str) -> None:
+    def __init__(self, info: EngineInfo, model_name: str, counts: EngineCounts) -> None:
         self.info = info
+        self.counts = counts
         self.histograms = Histograms()
         self.stats = StepStats()
         self.num_prompt_tokens = 0
@@ -136,6 +137,7 @@ class ServerMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._gauges()
         yield from self._counters()
+        yield from self._engine()
         names, values = list(self._labels), list(self._labels.values())
         for histogram in vars(self.histograms).values():
             family = HistogramMetricFamily(histogram.name, histogram.doc, labels=names)
@@ -197,6 +199,22 @@ class ServerMetrics(Collector):
         for reason, count in self.http_rejections.items():
             rejections.add_metric([reason], count)
         yield rejections
+
+    def _engine(self) -> Iterator[Metric]:
+        counts = self.counts
+        for name, doc, value in (
+            ("engine_restarts", "Engine processes that were replaced.", counts.num_restarts),
+            ("requests_resumed", "Sequences that went on in another.", counts.num_resumed),
+            ("requests_isolated", "Sequences given up as killers.", counts.num_isolated),
+        ):
+            family = CounterMetricFamily(f"octavo:{name}", doc, labels=list(self._labels))
+            family.add_metric(list(self._labels.values()), value)
+            yield family
+        yield self._gauge(
+            "octavo:engine_recovery_seconds",
+            "From the latest death to the next engine's being ready.",
+            counts.last_recovery_s,
+        )
 
     def _gauge(self, name: str, doc: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, doc, labels=list(self._labels))

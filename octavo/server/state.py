@@ -72,7 +72,7 @@ class ServerState:
     def __post_init__(self) -> None:
         info = self.engine.info
         self.limits = Limits.from_info(info)
-        self.metrics = ServerMetrics(info, self.model_name)
+        self.metrics = ServerMetrics(info, self.model_name, self.engine.counts)
         self.engine.add_listener(self.metrics.on_step)
         self.started_s = int(time.time())
         facts = f"{octavo.__version__}|{info.model}|{info.dtype}|{info.device}"

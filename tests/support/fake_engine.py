@@ -11,6 +11,7 @@ from pathlib import Path
 from octavo.checkpoint import Checkpoint
 from octavo.errors import EngineDeadError
 from octavo.types import (
+    EngineCounts,
     EngineInfo,
     EngineRequest,
     Finish,
@@ -101,6 +102,7 @@ class FakeEngine:
 
     def __init__(self, reply: Callable[[EngineRequest], Sequence[int]]) -> None:
         self.info = fake_info()
+        self.counts = EngineCounts()
         self.reply = reply
         self.step_s = 0.0
         self.hang = False
