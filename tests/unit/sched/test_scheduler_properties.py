@@ -36,6 +36,8 @@ class Arrival:
     salt: str
     stops: tuple[int, ...]
     abort_after: int | None  # steps
+    client: str = ""
+    timeout: int | None = None  # steps
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Scenario:
     budget: int
     num_blocks: int
     policy: str
+    ageing_s: float
     threshold: int
     depth: int
     caching: bool
@@ -61,6 +64,8 @@ arrivals = st.builds(
     salt=st.sampled_from(["", "", "s"]),
     stops=st.sampled_from([(), (3,), (1, 2, 3), tuple(range(0, VOCAB, 5))]),
     abort_after=st.one_of(st.none(), st.none(), st.integers(0, 20)),
+    client=st.sampled_from(["", "a", "b"]),
+    timeout=st.one_of(st.none(), st.none(), st.integers(0, 25)),
 )
 scenarios = st.builds(
     Scenario,
@@ -68,6 +73,7 @@ scenarios = st.builds(
     budget=st.integers(6, 48),
     num_blocks=st.integers(17, 40),  # MAX_LEN needs 16
     policy=st.sampled_from(["fcfs", "priority"]),
+    ageing_s=st.sampled_from([0.0, 2.0]),
     threshold=st.sampled_from([0, 0, 3, 16]),
     depth=st.integers(0, 3),
     caching=st.booleans(),
@@ -75,7 +81,7 @@ scenarios = st.builds(
 )
 
 
-def request_of(index: int, arrival: Arrival) -> EngineRequest:
+def request_of(index: int, arrival: Arrival, now: int = 0) -> EngineRequest:
     prompt = tuple(
         (i * 7 + (i // 9) * arrival.prompt_kind) % VOCAB for i in range(arrival.prompt_len)
     )
@@ -88,6 +94,9 @@ def request_of(index: int, arrival: Arrival) -> EngineRequest:
         seed=arrival.seed,
         priority=arrival.priority,
         cache_salt=arrival.salt,
+        client=arrival.client,
+        arrival_s=float(now),
+        deadline_s=None if arrival.timeout is None else float(now + arrival.timeout),
     )
 
 
@@ -102,6 +111,7 @@ class Simulation:
     num_steps: int = 0
     hits: int = 0
     preemptions: int = 0
+    now: int = 0  # steps; the scheduler's clock
 
     def __post_init__(self) -> None:
         s = self.scenario
@@ -114,9 +124,10 @@ class Simulation:
             enable_prefix_caching=s.caching,
             long_prefill_token_threshold=s.threshold,
             async_depth=s.depth,
+            priority_ageing_s=s.ageing_s,
         )
         cache = KVCache(s.num_blocks, BLOCK, enable_prefix_caching=s.caching)
-        self.scheduler = Scheduler(config, cache)
+        self.scheduler = Scheduler(config, cache, clock=lambda: float(self.now))
         self.runner = FakeRunner(s.num_blocks, BLOCK)
 
     def step(self) -> None:
@@ -126,6 +137,8 @@ class Simulation:
             assert plan.num_tokens <= self.scenario.budget
             self.num_steps += 1
             self.in_flight.append((plan, self.runner.execute(plan)))
+        if (early := self.scheduler.take_expired()) is not None:
+            self.take(early.finished)
         if self.in_flight and (plan is None or len(self.in_flight) > self.scenario.depth):
             outputs = self.scheduler.apply(*self.in_flight.popleft())
             self.scheduler.check_integrity()
@@ -143,27 +156,25 @@ class Simulation:
 
     def run(self) -> None:
         aborts: list[tuple[int, int]] = []
-        now = 0
 
         def advance() -> None:
-            nonlocal now
             for due, request_id in list(aborts):
-                if due <= now:
+                if due <= self.now:
                     aborts.remove((due, request_id))
                     self.take(self.scheduler.abort([request_id]))
             self.step()
-            now += 1
+            self.now += 1
 
         for index, arrival in enumerate(self.scenario.arrivals):
             for _ in range(arrival.after_steps):
                 advance()
             self.streams[index + 1] = []
-            self.scheduler.add(request_of(index, arrival))
+            self.scheduler.add(request_of(index, arrival, self.now))
             if arrival.abort_after is not None:
-                aborts.append((now + arrival.abort_after, index + 1))
+                aborts.append((self.now + arrival.abort_after, index + 1))
         while self.scheduler.num_live or self.in_flight:
             advance()
-            assert now < 20_000, "no progress"
+            assert self.now < 20_000, "no progress"
 
 
 def check(scenario: Scenario) -> Simulation:
@@ -176,8 +187,9 @@ def check(scenario: Scenario) -> Simulation:
             simulation.finishes[request.request_id],
             simulation.streams[request.request_id],
         )
-        if finish.reason == "abort":
-            assert arrival.abort_after is not None
+        if finish.reason in ("abort", "timeout"):
+            limit = arrival.abort_after if finish.reason == "abort" else arrival.timeout
+            assert limit is not None
             assert got == tokens[: len(got)]
         else:
             assert (got, finish.reason) == (tokens, reason)
@@ -201,6 +213,6 @@ def test_streams_are_those_of_each_request_alone_at_length(scenario: Scenario) -
 def test_the_scenarios_do_preempt_and_hit() -> None:
     """Guards the property test against scenarios too tame to prove anything."""
     arrival = Arrival(0, 30, 0, 24, 1, 0, "", (), None)
-    crowd = Scenario(6, 48, 20, "fcfs", 0, 1, True, [arrival] * 8)
+    crowd = Scenario(6, 48, 20, "fcfs", 0.0, 0, 1, True, [arrival] * 8)
     assert check(crowd).preemptions > 0
     assert check(crowd).hits > 0
