@@ -30,8 +30,8 @@ def bounded_protocol(config: ServerConfig) -> type[HttpToolsProtocol]:
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with bounds that it lacks: bytes of the head, time to send it, time to read
-    the answer.
+    """uvicorn's HTTP/1.1 with bounds that it lacks: bytes of the head, time to send it, time to
+    read the answer.
     """
 
     max_header_bytes: int

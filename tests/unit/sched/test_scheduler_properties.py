@@ -133,6 +133,8 @@ class Simulation:
     def step(self) -> None:
         plan = self.scheduler.schedule()
         self.scheduler.check_integrity()
+        for request in self.scheduler._requests.values():
+            assert request.spec.deadline_s is None or request.spec.deadline_s > self.now
         if plan is not None:
             assert plan.num_tokens <= self.scenario.budget
             self.num_steps += 1
@@ -216,3 +218,12 @@ def test_the_scenarios_do_preempt_and_hit() -> None:
     crowd = Scenario(6, 48, 20, "fcfs", 0.0, 0, 1, True, [arrival] * 8)
     assert check(crowd).preemptions > 0
     assert check(crowd).hits > 0
+
+
+def test_the_scenarios_do_expire_in_every_state() -> None:
+    arrivals = [Arrival(0, 8, 0, 24, i, 0, "", (), None, timeout=t) for i, t in enumerate((1, 9))]
+    running = check(Scenario(2, 48, 40, "fcfs", 0.0, 0, 1, True, arrivals))
+    assert {finish.reason for finish in running.finishes.values()} == {"timeout"}
+    assert len(running.streams[2]) > 0
+    waiting = check(Scenario(1, 48, 40, "fcfs", 0.0, 0, 1, True, arrivals[::-1]))
+    assert waiting.streams[2] == []
