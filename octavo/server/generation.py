@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
@@ -26,6 +26,10 @@ from octavo.text.stream import OutputAssembler, OutputDelta
 from octavo.types import EngineRequest, Finish, RequestUpdate, SamplingParams, TokenLogprobs
 
 T = TypeVar("T")
+
+
+# What a slow reader has let pile up is taken in pieces, so that no single write is large.
+_MAX_PIECE = 256  # tokens
 
 
 @dataclass(slots=True)
@@ -215,7 +219,7 @@ class Generation:
             return
         choice = self.choices[0]
         while not choice.finished:
-            if (delta := self._take(choice, await self._in_time(choice.next()))) is not None:
+            for delta in self._take(choice, await self._in_time(choice.next())):
                 yield choice, delta
 
     async def _interleaved(self) -> AsyncGenerator[tuple[Choice, OutputDelta], None]:
@@ -233,8 +237,7 @@ class Generation:
             while tasks:
                 choice, task = await self._in_time(ready.get())
                 del tasks[choice.index]
-                delta = self._take(choice, task.result())
-                if delta is not None:
+                for delta in self._take(choice, task.result()):
                     yield choice, delta
                 if not choice.finished:
                     read(choice)
@@ -254,7 +257,14 @@ class Generation:
             self._cause = "timeout"
             raise deadline_exceeded() from None
 
-    def _take(self, choice: Choice, update: RequestUpdate) -> OutputDelta | None:
+    def _take(self, choice: Choice, update: RequestUpdate) -> Iterator[OutputDelta]:
+        for piece in _pieces(update):
+            if choice.finished:
+                return
+            if (delta := self._take_piece(choice, piece)) is not None:
+                yield delta
+
+    def _take_piece(self, choice: Choice, update: RequestUpdate) -> OutputDelta | None:
         try:
             delta = choice.take(update)
         except RequestFailedError as exc:
@@ -273,6 +283,23 @@ class Generation:
         num_output = sum(c.num_output_tokens for c in self.choices) if count_output else 0
         cached = PromptTokensDetails(sum(c.num_cached_tokens for c in first))
         return Usage(num_prompt, num_output, num_prompt + num_output, cached)
+
+
+def _pieces(update: RequestUpdate) -> Iterable[RequestUpdate]:
+    """`update`, in parts of at most `_MAX_PIECE` tokens."""
+    num_tokens = len(update.token_ids)
+    if num_tokens <= _MAX_PIECE:
+        return (update,)
+    pieces = [
+        RequestUpdate(
+            token_ids=update.token_ids[start : start + _MAX_PIECE],
+            logprobs=update.logprobs[start : start + _MAX_PIECE],
+        )
+        for start in range(0, num_tokens, _MAX_PIECE)
+    ]
+    pieces[0].started, pieces[0].prompt_logprobs = update.started, update.prompt_logprobs
+    pieces[-1].finish = update.finish
+    return pieces
 
 
 async def collect(generation: Generation) -> list[OutputDelta]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
+import contextlib
+import fcntl
 import http
+import termios
 from typing import Any
 
 import msgspec
@@ -105,13 +109,13 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self.write_timeout_s:
             return
         self._stop_write_timer()
-        num_bytes = self.transport.get_write_buffer_size()
+        num_bytes = _num_unread_bytes(self.transport)
         self._write_timer = self.loop.call_later(
             self.write_timeout_s, self._check_writing, num_bytes
         )
 
     def _check_writing(self, num_bytes_before: int) -> None:
-        if self.transport.get_write_buffer_size() < num_bytes_before:
+        if _num_unread_bytes(self.transport) < num_bytes_before:
             self._watch_writing()
             return
         self._write_timer = None
@@ -151,3 +155,15 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         self.transport.write(head.encode() + body)
         self.loop.call_later(_LINGER_S, self.transport.close)
+
+
+def _num_unread_bytes(transport: asyncio.Transport) -> int:
+    """Written and not received by the client: here, and in the kernel, which holds megabytes and
+    takes no more before a good part of them has gone.
+    """
+    in_kernel = array.array("i", [0])
+    sock = transport.get_extra_info("socket")
+    if sock is not None:
+        with contextlib.suppress(OSError):  # not on every system
+            fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, in_kernel)
+    return transport.get_write_buffer_size() + in_kernel[0]

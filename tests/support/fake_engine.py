@@ -57,7 +57,9 @@ def byte_checkpoint() -> Checkpoint:
     )
 
 
-def fake_info(max_model_len: int = 256) -> EngineInfo:
+def fake_info(
+    max_model_len: int = 256, kv_capacity_tokens: int = 1024, max_num_seqs: int = 8
+) -> EngineInfo:
     return EngineInfo(
         model="fake/model",
         architecture="FakeForCausalLM",
@@ -67,9 +69,9 @@ def fake_info(max_model_len: int = 256) -> EngineInfo:
         vocab_size=259,
         eos_token_ids=(EOS, IM_END),
         block_size=16,
-        num_blocks=64,
-        kv_capacity_tokens=1024,
-        max_num_seqs=8,
+        num_blocks=kv_capacity_tokens // 16,
+        kv_capacity_tokens=kv_capacity_tokens,
+        max_num_seqs=max_num_seqs,
         max_num_batched_tokens=128,
         enable_prefix_caching=True,
         scheduling_policy="priority",
@@ -100,8 +102,10 @@ class FakeEngine:
     tokens. With `num_rows` set, only so many requests speak at once; the others wait their turn.
     """
 
-    def __init__(self, reply: Callable[[EngineRequest], Sequence[int]]) -> None:
-        self.info = fake_info()
+    def __init__(
+        self, reply: Callable[[EngineRequest], Sequence[int]], info: EngineInfo | None = None
+    ) -> None:
+        self.info = info or fake_info()
         self.reply = reply
         self.step_s = 0.0
         self.hang = False
