@@ -19,7 +19,7 @@ from octavo.server.errors import ApiError, deadline_exceeded
 from octavo.types import EngineInfo, EngineRequest, StepOutputs
 
 # Default limits. Sequences: four service rounds of a full engine. Tokens: so many steps of nothing
-# but prompts, 20 to 40 s on the devices measured.
+# but prompts: 6 s (0.6B) and 51 s (8B) on an H100, about a minute for 135M on two CPU cores.
 _ROUNDS = 4
 _PREFILL_STEPS = 256
 
