@@ -219,7 +219,10 @@ class Generation:
             return
         choice = self.choices[0]
         while not choice.finished:
-            for delta in self._take(choice, await self._in_time(choice.next())):
+            update = await self._in_time(choice.next())
+            for i, delta in enumerate(self._take(choice, update)):
+                if i:  # a lot has piled up: others want to be heard in between
+                    await asyncio.sleep(0)
                 yield choice, delta
 
     async def _interleaved(self) -> AsyncGenerator[tuple[Choice, OutputDelta], None]:
@@ -237,7 +240,9 @@ class Generation:
             while tasks:
                 choice, task = await self._in_time(ready.get())
                 del tasks[choice.index]
-                for delta in self._take(choice, task.result()):
+                for i, delta in enumerate(self._take(choice, task.result())):
+                    if i:
+                        await asyncio.sleep(0)
                     yield choice, delta
                 if not choice.finished:
                     read(choice)
