@@ -28,6 +28,9 @@ _FULL_CACHE = 0.9  # share in use beyond which memory, not rows, keeps sequences
 _EXPECTED_OUTPUT = 128.0  # tokens, before any sequence has finished
 _OUTPUT_MEMORY = 50  # finished sequences that the mean goes back to
 
+_MAX_NAMES = 1000  # clients that are counted by name; the rest together
+_OTHERS = "others"
+
 _MIN_RETRY_S, _MAX_RETRY_S = 1.0, 60.0
 _JITTER = 0.2  # so that those who were refused together do not come back together
 
@@ -217,7 +220,7 @@ class Admission:
         wait_s = self.predicted_wait_s(client) if self._in_order else 0.0
         if wait_s <= left_s:
             return
-        self.num_refused_by_client[client] += 1
+        _count(self.num_refused_by_client, client, 1)
         raise ApiError(
             429,
             "The request would not be started before its timeout: too many are waiting. Send it "
@@ -230,7 +233,7 @@ class Admission:
     def _refuse_full(
         self, client: str, limit: int, what: str, over: float, num_sequences: int
     ) -> None:
-        self.num_refused_by_client[client] += 1
+        _count(self.num_refused_by_client, client, 1)
         rate = self.tokens_per_s
         wait_s = self.predicted_wait_s()
         own_s = num_sequences * self._mean_work / rate if rate > 0 else 0.0
@@ -288,9 +291,8 @@ class Admission:
         self._remove(request.request_id)
         if not num_output_tokens:
             return
-        self.num_tokens_by_client[request.client] += (
-            len(request.prompt_token_ids) + num_output_tokens
-        )
+        num_tokens = len(request.prompt_token_ids) + num_output_tokens
+        _count(self.num_tokens_by_client, request.client, num_tokens)
         self._num_finished += 1
         weight = 1 / min(self._num_finished + 1, _OUTPUT_MEMORY)
         self._mean_output += (num_output_tokens - self._mean_output) * weight
@@ -314,3 +316,8 @@ class Admission:
 def _limit(wanted: int | None, default: int) -> int:
     """0: none."""
     return default if wanted is None else wanted
+
+
+def _count(counter: Counter[str], client: str, amount: int) -> None:
+    known = client in counter or len(counter) < _MAX_NAMES
+    counter[client if known else _OTHERS] += amount

@@ -174,6 +174,16 @@ def test_whoever_leaves_makes_room_once() -> None:
     assert code(door.come()) == "queue_full"
 
 
+def test_clients_are_counted_by_name_up_to_a_bound() -> None:
+    door = Door(max_queue_requests=1)
+    for i in range(3000):
+        while door.come(client=f"c{i}") is None:
+            pass
+    counts = door.admission.num_refused_by_client
+    assert len(counts) == 1001
+    assert counts["others"] == 2000
+
+
 def test_counts_return_to_zero() -> None:
     door = Door()
     for i in range(40):
