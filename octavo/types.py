@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from octavo.errors import InvalidRequestError
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -202,6 +202,8 @@ class EngineRequest:
     priority: int = 0  # lower is earlier
     cache_salt: str = ""
     arrival_s: float = 0.0  # time.monotonic()
+    deadline_s: float | None = None  # time.monotonic(): ends with "timeout" if not done by then
+    client: str = ""  # whose share of the engine it uses
     # Generated already, by an engine that has died: the request goes on after them.
     output_token_ids: tuple[int, ...] = ()
 

@@ -155,7 +155,7 @@ class _Maker:
             self.chat("1000 stop strings", "stop", param="stop", stop=["x"] * 1000),
             self.chat("empty stop string", "stop", param="stop", stop=[""]),
             self.chat("stream_options alone", "stream=true", stream_options={}),
-            self.chat("priority beyond 32 bits", "priority", param="priority", priority=2**40),
+            self.chat("priority out of range", "priority", param="priority", priority=1001),
             self.chat("empty cache_salt", "cache_salt", param="cache_salt", cache_salt=""),
             self.chat("long cache_salt", "cache_salt", param="cache_salt", cache_salt="x" * 1000),
             self.chat("request_id line break", "request_id", request_id="a\r\nset-cookie: x"),

@@ -37,6 +37,8 @@ class Exchange:
     num_cached_tokens: int = 0
     counted_by: str = "usage"
     error: str | None = None
+    status: int | None = None  # of the HTTP response; None where there was none
+    retry_after_s: float | None = None  # with a refusal: when to come back
 
     @property
     def itl_ms(self) -> list[float]:
@@ -154,7 +156,9 @@ async def stream(
             asyncio.timeout(timeout_s),
             client.stream("POST", PATHS[endpoint], content=body) as response,
         ):
+            exchange.status = response.status_code
             if response.status_code != 200:
+                exchange.retry_after_s = _retry_after_s(response)
                 await response.aread()
                 raise StreamError(_cause(response))
             async for chunk in response.aiter_bytes():
@@ -224,6 +228,13 @@ def _has_text(choice: Mapping[str, Any]) -> bool:
     delta = choice.get("delta") or choice
     names = ("text", "content", "reasoning_content", "reasoning", "tool_calls")
     return any(delta.get(name) for name in names)
+
+
+def _retry_after_s(response: httpx.Response) -> float | None:
+    try:
+        return float(response.headers.get("retry-after", ""))
+    except ValueError:  # none, or a date
+        return None
 
 
 def _cause(response: httpx.Response) -> str:

@@ -159,6 +159,8 @@ class ServeReport:
     request_throughput: float  # requests per second
     num_failed: int
     failures: dict[str, int]  # by cause
+    num_refused: int  # of those that failed: answered with 429
+    retry_after_s: Percentiles  # what they were told
     slo: dict[str, float] | None  # ms
     goodput: float | None  # requests per second that met the slo
     num_counted_by_chunks: int  # answers without usage: their chunks were counted as tokens
@@ -181,6 +183,12 @@ class ServeReport:
             f"  {self.request_throughput:.2f} requests/s, {self.num_failed} failed",
         ]
         lines += [f"    {count} x {cause}" for cause, count in self.failures.items()]
+        if self.retry_after_s.p50 is not None:
+            told = self.retry_after_s
+            lines.append(
+                f"  {self.num_refused} refused, Retry-After p50 {told.p50:.0f} s, "
+                f"p90 {told.p90:.0f} s, p99 {told.p99:.0f} s"
+            )
         if self.goodput is not None:
             lines.append(f"  goodput {self.goodput:.2f} requests/s")
         if self.client_cpu_share > 0.9:

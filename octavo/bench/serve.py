@@ -249,6 +249,8 @@ def _report(
         request_throughput=rate(len(timings), seconds),
         num_failed=len(exchanges) - len(good),
         failures=dict(causes.most_common()),
+        num_refused=sum(exchange.status == 429 for exchange in exchanges),
+        retry_after_s=Percentiles.of(exchange.retry_after_s for exchange in exchanges),
         slo=dict(options.slo) if options.slo else None,
         goodput=rate(len(met), seconds) if options.slo else None,
         num_counted_by_chunks=sum(exchange.counted_by == "chunks" for exchange in good),

@@ -59,6 +59,9 @@ class EngineArgs:
         0, "most tokens of one prompt in one step (0: no limit)"
     )
     scheduling_policy: str = option("fcfs", "order of the waiting queue", ("fcfs", "priority"))
+    priority_ageing_s: float = option(
+        60.0, "seconds of waiting that make up for one level of priority (0: none do)"
+    )
     async_scheduling: bool | None = option(
         None, "plan the next step while one runs (default: on a GPU)"
     )

@@ -4,6 +4,7 @@ here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -34,7 +35,7 @@ _POSITIVE = (  # None, where allowed, means "decide for me"
     "kv_cache_memory_bytes",
     "num_gpu_blocks_override",
 )
-_NOT_NEGATIVE = ("num_threads", "long_prefill_token_threshold")
+_NOT_NEGATIVE = ("num_threads", "long_prefill_token_threshold", "priority_ageing_s")
 
 
 class CheckpointFacts(Protocol):
@@ -99,6 +100,7 @@ def resolve(args: EngineArgs, checkpoint: CheckpointFacts, device: DeviceInfo) -
             enable_prefix_caching=args.enable_prefix_caching,
             long_prefill_token_threshold=args.long_prefill_token_threshold,
             async_depth=1 if is_async else 0,
+            priority_ageing_s=args.priority_ageing_s,
         ),
         runner=RunnerConfig(
             device=device.kind,
@@ -234,7 +236,7 @@ def _check_numbers(args: EngineArgs) -> None:
         if value is not None and value <= 0:
             raise ConfigError(f"{name} must be positive, got {value}.")
     for name in _NOT_NEGATIVE:
-        if getattr(args, name) < 0:
+        if not 0 <= getattr(args, name) < math.inf:
             raise ConfigError(f"{name} must be 0 or more, got {getattr(args, name)}.")
     if not 0.0 < args.gpu_memory_utilization <= 1.0:
         raise ConfigError("gpu_memory_utilization must be above 0 and at most 1.")

@@ -71,6 +71,7 @@ class SchedulerConfig:
     async_depth: (
         int  # steps that may be in flight beyond the one that is waited for; 0: synchronous
     )
+    priority_ageing_s: float = 0.0  # waiting that makes up for one level of priority; 0: none does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,19 @@ class ServerConfig:
     max_prompts: int = option(128, "most prompts in one completions request")
     max_sequences: int = option(512, "most sequences (prompts times n) in one request")
     max_messages: int = option(4096, "most messages in one chat request")
+    max_queue_requests: int | None = option(
+        None, "most sequences that wait for the engine (default: 4 times max_num_seqs; 0: no limit)"
+    )
+    max_queue_tokens: int | None = option(
+        None,
+        "most prompt tokens that wait (default: 256 times max_num_batched_tokens; 0: no limit)",
+    )
+    request_timeout_s: float = option(
+        0.0, "longest that a request may take; its own timeout can be shorter (0: no limit)"
+    )
+    write_timeout_s: float = option(
+        60.0, "a client that reads nothing of its answer for so long is cut off (0: never)"
+    )
     read_timeout_s: float = option(60.0, "time a client has to send its headers, and its body")
     keep_alive_s: float = option(30.0, "how long an idle connection stays open")
     shutdown_timeout_s: float = option(30.0, "time that running requests have after SIGTERM")
@@ -57,8 +70,9 @@ class ServerConfig:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}.")
         for field in dataclasses.fields(self):
-            least = 0 if field.name == "max_engine_restarts" else 1
-            if field.name.startswith(("max_", "num_")) and getattr(self, field.name) < least:
+            may_be_0 = field.name.startswith(("max_queue_", "max_engine_"))
+            least = 0 if may_be_0 else 1
+            if field.name.startswith(("max_", "num_")) and _below(getattr(self, field.name), least):
                 raise ConfigError(f"{field.name} must be at least {least}.")
             if field.name.endswith("_s") and not 0 <= getattr(self, field.name) < 1e9:
                 raise ConfigError(f"{field.name} must be a number of seconds, 0 or more.")
@@ -88,3 +102,7 @@ class ServerConfig:
         """The names under which `model` is served; the first is the one that answers carry."""
         names = (self.served_model_name or model).split(",")
         return tuple(name.strip() for name in names if name.strip())
+
+
+def _below(value: int | None, least: int) -> bool:
+    return value is not None and value < least

@@ -95,7 +95,7 @@ class EngineCore:
         if plan is not None:
             self._submit(plan)
         if not self._in_flight or (plan is not None and len(self._in_flight) <= self._depth):
-            return None
+            return self._scheduler.take_expired()
         oldest = self._in_flight.popleft()
         with self._dropped_if_it_fails(oldest.plan):
             result = oldest.pending.wait()

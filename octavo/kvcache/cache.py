@@ -23,6 +23,8 @@ class PrefixMatch:
     """Blocks that already hold the beginning of a sequence."""
 
     block_ids: tuple[int, ...] = ()
+    # The first block that was looked for and not found: a longer match needs it.
+    missing: bytes | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(slots=True)
@@ -73,9 +75,18 @@ class KVCache:
         for block_hash in chain[: (num_tokens - 1) // self.block_size]:
             block_id = self._block_of.get(block_hash)
             if block_id is None:
-                break
+                return PrefixMatch(tuple(block_ids), missing=block_hash)
             block_ids.append(block_id)
         return PrefixMatch(tuple(block_ids))
+
+    def holds(self, block_hash: bytes | None) -> bool:
+        """Whether that block is in the index."""
+        return block_hash in self._block_of
+
+    def num_wanted_blocks(self, match: PrefixMatch, num_tokens: int) -> int:
+        """Free blocks that `try_open` would take: new ones, and matched ones that nobody holds."""
+        num_new = self.num_blocks_for(num_tokens) - len(match.block_ids)
+        return num_new + sum(self._pool.ref_count(block_id) == 0 for block_id in match.block_ids)
 
     def try_open(
         self, match: PrefixMatch, chain: list[bytes], num_tokens: int, *, spare: int = 0
@@ -84,10 +95,9 @@ class KVCache:
 
         None, and nothing changed, if fewer than `spare` blocks would be left free.
         """
-        num_new = self.num_blocks_for(num_tokens) - len(match.block_ids)
-        num_revived = sum(self._pool.ref_count(block_id) == 0 for block_id in match.block_ids)
-        if num_new + num_revived + spare > self._pool.num_free:
+        if self.num_wanted_blocks(match, num_tokens) + spare > self._pool.num_free:
             return None
+        num_new = self.num_blocks_for(num_tokens) - len(match.block_ids)
         for block_id in match.block_ids:
             self._pool.retain(block_id)
         table = BlockTable(list(match.block_ids), len(match.block_ids), chain)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from octavo.sched.plan import RowAdmission
-from octavo.types import Started
+from octavo.types import Finish, Started
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ class PlanDelta:
 
 @dataclass(slots=True)
 class StatsDelta:
-    """Counts that the next `StepStats` reports."""
+    """Counts and events that the next `StepOutputs` report."""
 
     num_batched_tokens: int = 0
     num_prompt_tokens: int = 0
@@ -35,3 +35,4 @@ class StatsDelta:
     num_prefix_hits: int = 0
     num_preemptions: int = 0
     started: list[Started] = field(default_factory=list)
+    expired: list[Finish] = field(default_factory=list)

@@ -56,11 +56,6 @@ class Request:
         self.first_scheduled_s: float | None = None
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Position in line: by priority (lower first), then by arrival."""
-        return (self.spec.priority, self.arrival_index)
-
-    @property
     def prompt_len(self) -> int:
         return len(self.spec.prompt_token_ids)
 

@@ -4,19 +4,22 @@ There is no prefill phase and no decode phase. Each running request has tokens s
 a step has a token budget. Prompts in chunks, prefix hits and preemption by recompute are cases of
 that one rule.
 
-Order is deterministic: rows ascend, queues are sorted by (priority, arrival), nothing depends on
-sets or addresses.
+Order is deterministic: rows ascend, the waiting queue has a total order, nothing depends on sets or
+addresses.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from octavo.config import SchedulerConfig
 from octavo.kvcache import KVCache
+from octavo.sched.deadlines import Deadlines
 from octavo.sched.delta import PlanDelta, StatsDelta
 from octavo.sched.plan import BoolArray, Int32Array, RowAdmission, RowSnapshot, StepPlan, StepResult
 from octavo.sched.request import Request, Status
@@ -40,6 +43,16 @@ _ADMISSION_SHARE = 8
 _WATERMARK = 0.01
 
 
+class _Stuck(NamedTuple):
+    """The next in line does not fit. Until so many blocks are free, or its prefix match can grow,
+    there is no use in trying again.
+    """
+
+    request: Request
+    num_wanted_blocks: int
+    missing: bytes | None
+
+
 class Scheduler:
     """Owns the requests, the waiting queue and the KV cache's book-keeping.
 
@@ -57,7 +70,9 @@ class Scheduler:
         self.cache = cache
         self._clock = clock
         self._requests: dict[int, Request] = {}  # live ones, by request id
-        self._waiting = WaitingQueue(config.policy)
+        self._waiting = WaitingQueue(config.policy, config.priority_ageing_s)
+        self._deadlines = Deadlines()
+        self._stuck: _Stuck | None = None
         self._rows = RowTable(config.max_num_seqs, config.max_model_len, config.block_size)
         self._prefilling: list[int] = []  # rows, in order of admission
         self._decoding: Int32Array = np.empty(0, np.int32)  # rows, ascending
@@ -89,6 +104,7 @@ class Scheduler:
         request = Request(spec, self._num_arrived)
         self._num_arrived += 1
         self._requests[spec.request_id] = request
+        self._deadlines.push(request)
         self._waiting.push(request)
 
     def abort(self, request_ids: Iterable[int]) -> list[Finish]:
@@ -105,6 +121,8 @@ class Scheduler:
         """The next step, or None if nothing can run before a result comes in or a request
         arrives.
         """
+        if self._deadlines:
+            self._expire()
         num_preemptions = self._stats.num_preemptions
         decodes = self._grow(self._ready_decodes())
         budget = self.config.max_num_batched_tokens - len(decodes)
@@ -118,6 +136,11 @@ class Scheduler:
         if not len(decodes) and not chunks:
             return None
         return self._make_plan(decodes, chunks)
+
+    def _expire(self) -> None:
+        """End requests whose time is up, before any work goes into them."""
+        for request in self._deadlines.take_expired(self._clock()):
+            self._stats.expired.append(self._finish(request, "timeout"))
 
     def _ready_decodes(self) -> Int32Array:
         """Rows whose next input token is, or will be, on the device, and which may still grow."""
@@ -180,14 +203,19 @@ class Scheduler:
 
     def _try_start(self, request: Request) -> bool:
         cache, num_tokens = self.cache, len(request.token_ids)
+        spare = self._watermark if self._rows.num_used else 0
+        if self._is_stuck(request, spare):
+            return False
         if self.config.enable_prefix_caching:
             request.hash_blocks(request.token_ids, cache.block_size)
         wants_all_logits = request.spec.params.prompt_logprobs is not None
         match = cache.match([] if wants_all_logits else request.chain, num_tokens)
-        spare = self._watermark if self._rows.num_used else 0
         table = cache.try_open(match, request.chain, num_tokens, spare=spare)
         if table is None:
+            num_wanted = cache.num_wanted_blocks(match, num_tokens)
+            self._stuck = _Stuck(request, num_wanted, match.missing)
             return False
+        self._stuck = None
         self._waiting.pop()
         is_first = request.first_scheduled_s is None
         now_s = self._clock()
@@ -205,6 +233,15 @@ class Scheduler:
             queue_s = max(0.0, now_s - request.spec.arrival_s)
             self._stats.started.append(Started(request.spec.request_id, num_cached, queue_s))
         return True
+
+    def _is_stuck(self, request: Request, spare: int) -> bool:
+        stuck = self._stuck
+        return (
+            stuck is not None
+            and stuck.request is request
+            and self.cache.num_free_blocks < stuck.num_wanted_blocks + spare
+            and not self.cache.holds(stuck.missing)
+        )
 
     def _make_plan(self, decodes: Int32Array, chunks: Sequence[tuple[int, int]]) -> StepPlan:
         rows = self._rows
@@ -282,9 +319,16 @@ class Scheduler:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             started=self._stats.started,
-            finished=finished,
+            finished=[*self._stats.expired, *finished],
             stats=self._take_stats(step_s),
         )
+
+    def take_expired(self) -> StepOutputs | None:
+        """Requests that ended by their deadline, for when there is no result to `apply`."""
+        if not self._stats.expired:
+            return None
+        expired, self._stats.expired = self._stats.expired, []
+        return StepOutputs(finished=expired, stats=self._gauges())
 
     def drop(self, plan: StepPlan) -> None:
         """Forget a step that failed or was cut short. The caller must abort the requests that were
@@ -328,9 +372,12 @@ class Scheduler:
         self, request: Request, reason: FinishReason, stop_token_id: int | None = None
     ) -> Finish:
         if request.status is Status.RUNNING:
+            num_tokens = int(self._rows.num_known[request.row])
             self._vacate(request)
         else:
+            num_tokens = len(request.token_ids)
             self._waiting.discard(request)
+        self._waiting.settle(request, num_tokens - request.prompt_len)
         request.finish()
         del self._requests[request.spec.request_id]
         return Finish(request.spec.request_id, reason, stop_token_id)
@@ -400,12 +447,17 @@ class Scheduler:
                 prompt_logprobs[request.spec.request_id] = fresh
         return logprobs, prompt_logprobs
 
-    def _take_stats(self, step_s: float) -> StepStats:
-        delta, self._stats = self._stats, StatsDelta()
+    def _gauges(self) -> StepStats:
         return StepStats(
             num_running=self._rows.num_used,
             num_waiting=len(self._waiting),
             kv_usage=self.cache.usage,
+        )
+
+    def _take_stats(self, step_s: float) -> StepStats:
+        delta, self._stats = self._stats, StatsDelta()
+        return dataclasses.replace(
+            self._gauges(),
             num_batched_tokens=delta.num_batched_tokens,
             num_prompt_tokens=delta.num_prompt_tokens,
             num_prefix_queries=delta.num_prefix_queries,

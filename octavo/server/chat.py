@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-
 from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.server.answer import Answer
-from octavo.server.connection import read_body, until_disconnect
+from octavo.server.arrival import receive
+from octavo.server.connection import until_disconnect
 from octavo.server.decode import decode_body
 from octavo.server.generation import Choice, Generation, collect
 from octavo.server.logprobs import chat_logprobs, prompt_logprobs_body
@@ -34,14 +33,13 @@ from octavo.text.stream import OutputDelta
 
 
 async def chat_completions(state: ServerState, http: Request) -> Response:
-    arrival_s = time.monotonic()
-    body = await read_body(http, state.config.max_body_bytes, state.config.read_timeout_s)
+    arrival, body = await receive(state, http)
     request = decode_body(body, ChatRequest)
     state.check_model(request.model)
     check_common(request)
     params = chat_params(request, state.generation_defaults)
     prompt = await chat_prompt(state, request, bool(request.add_special_tokens), len(body))
-    generation = Generation(state, [prompt], params, request, arrival_s)
+    generation = Generation(state, [prompt], params, request, arrival)
     answer = ChatAnswer(state, http, request, generation)
     if request.stream:
         return EventStream(answer.events(), state.metrics, http.state.request_id)

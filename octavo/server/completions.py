@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from msgspec import UNSET, UnsetType
@@ -10,7 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.server.answer import Answer
-from octavo.server.connection import read_body, until_disconnect
+from octavo.server.arrival import receive
+from octavo.server.connection import until_disconnect
 from octavo.server.decode import decode_body
 from octavo.server.generation import Choice, Generation, collect
 from octavo.server.logprobs import (
@@ -35,8 +35,7 @@ from octavo.text.stream import OutputDelta, prompt_logprob_entries
 
 
 async def completions(state: ServerState, http: Request) -> Response:
-    arrival_s = time.monotonic()
-    body = await read_body(http, state.config.max_body_bytes, state.config.read_timeout_s)
+    arrival, body = await receive(state, http)
     request = decode_body(body, CompletionRequest)
     state.check_model(request.model)
     check_common(request)
@@ -44,7 +43,7 @@ async def completions(state: ServerState, http: Request) -> Response:
     prompts = await completion_prompts(
         state, request.prompt, request.add_special_tokens is not False
     )
-    generation = Generation(state, prompts, params, request, arrival_s)
+    generation = Generation(state, prompts, params, request, arrival)
     answer = CompletionAnswer(state, http, request, generation, only_prompt)
     if request.stream:
         return EventStream(answer.events(), state.metrics, http.state.request_id)

@@ -68,6 +68,19 @@ def model_not_found(name: str, served: tuple[str, ...]) -> ApiError:
     )
 
 
+def deadline_exceeded() -> ApiError:
+    """504 and not 408, which says that the client was slow, and which clients send again unasked.
+    This one would only be late again: OpenAI's clients obey x-should-retry.
+    """
+    return ApiError(
+        504,
+        "The request was not finished within its timeout. Ask for less, or allow more time.",
+        "deadline_exceeded",
+        type="timeout_error",
+        headers={"x-should-retry": "false"},
+    )
+
+
 def as_api_error(exc: Exception, request_id: str) -> ApiError:
     """The table above. An unexpected exception is logged with its traceback and told only by its
     request id.

@@ -7,13 +7,16 @@ left: the client went away, a sibling failed, a stop string matched, the task wa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any, TypeVar
 
 from octavo.engine.protocol import RequestStream
 from octavo.errors import EngineDeadError, InvalidRequestError
-from octavo.server.errors import ApiError, RequestFailedError
+from octavo.server.arrival import Arrival
+from octavo.server.errors import ApiError, RequestFailedError, deadline_exceeded
 from octavo.server.metrics import SequenceTimer
 from octavo.server.requests import GenerateRequest
 from octavo.server.responses import PromptTokensDetails, Usage
@@ -21,6 +24,12 @@ from octavo.server.state import ServerState
 from octavo.text.prepare import prepare_requests
 from octavo.text.stream import OutputAssembler, OutputDelta
 from octavo.types import EngineRequest, Finish, RequestUpdate, SamplingParams, TokenLogprobs
+
+T = TypeVar("T")
+
+
+# What a slow reader has let pile up is taken in pieces, so that no single write is large.
+_MAX_PIECE = 256  # tokens
 
 
 @dataclass(slots=True)
@@ -76,12 +85,14 @@ class Choice:
         return delta
 
     def _refuse_failure(self, finish: Finish) -> None:
-        if finish.reason not in ("abort", "error"):
+        if finish.reason not in ("abort", "error", "timeout"):
             return
         self.finished = True
         self.timer.finished(finish.reason)
         if finish.reason == "error":
             raise RequestFailedError(finish.message or "The engine failed on this request.")
+        if finish.reason == "timeout":
+            raise deadline_exceeded()
         raise ApiError(
             503,
             "The server ended this request because it is shutting down; send it again.",
@@ -104,9 +115,11 @@ class Generation:
         prompts: list[Prompt],
         params: SamplingParams,
         request: GenerateRequest,
-        arrival_s: float,
+        arrival: Arrival,
     ) -> None:
         self._state = state
+        self._arrival = arrival.within(request.timeout)
+        self._cause = "abort"  # of sequences that end unfinished
         self.params = params
         self.prompts = prompts
         self.choices: list[Choice] = []
@@ -118,14 +131,14 @@ class Generation:
                 "n",
             )
         for prompt in prompts:
-            self._prepare(prompt, request, arrival_s)
+            self._prepare(prompt, request)
         histograms = state.metrics.histograms
         histograms.params_n.observe(params.n)
         if params.max_tokens is not None:
             histograms.params_max_tokens.observe(params.max_tokens)
 
-    def _prepare(self, prompt: Prompt, request: GenerateRequest, arrival_s: float) -> None:
-        state = self._state
+    def _prepare(self, prompt: Prompt, request: GenerateRequest) -> None:
+        state, arrival = self._state, self._arrival
         if request.priority and state.engine.info.scheduling_policy != "priority":
             raise InvalidRequestError(
                 "This server takes requests in order of arrival; start it with "
@@ -146,7 +159,9 @@ class Generation:
             next_id=state.engine.next_request_id,
             priority=request.priority or 0,
             cache_salt=request.cache_salt or "",
-            arrival_s=arrival_s,
+            client=arrival.client,
+            arrival_s=arrival.at_s,
+            deadline_s=arrival.deadline_s,
         )
         for sample, engine_request in enumerate(engine_requests):
             self.choices.append(
@@ -156,11 +171,14 @@ class Generation:
                     prompt=prompt,
                     request=engine_request,
                     assembler=OutputAssembler(self.params, state.tokenizer, prompt.token_ids),
-                    timer=SequenceTimer(state.metrics, arrival_s, len(prompt.token_ids)),
+                    timer=SequenceTimer(state.metrics, arrival.at_s, len(prompt.token_ids)),
                 )
             )
 
     def __enter__(self) -> Generation:
+        arrival = self._arrival
+        requests = [choice.request for choice in self.choices]
+        self._state.admission.admit(arrival.client, requests, arrival.deadline_s)
         try:
             for choice in self.choices:
                 choice.stream = self._state.engine.submit(choice.request)
@@ -183,11 +201,13 @@ class Generation:
         unfinished = [c for c in submitted if not c.engine_finished]
         if unfinished:
             self._state.engine.abort([c.request.request_id for c in unfinished])
+        for choice in self.choices:
+            self._state.admission.leave(choice.request, choice.timer.num_tokens)
         for choice in submitted:
             self._state.live.pop(choice.request.request_id, None)
             if not choice.finished:
                 choice.finished = True
-                choice.timer.finished("abort")
+                choice.timer.finished(self._cause)
 
     async def outputs(self) -> AsyncGenerator[tuple[Choice, OutputDelta], None]:
         """Every delta of every choice as it comes. A choice is read again only after its last
@@ -199,7 +219,10 @@ class Generation:
             return
         choice = self.choices[0]
         while not choice.finished:
-            if (delta := self._take(choice, await choice.next())) is not None:
+            update = await self._in_time(choice.next())
+            for i, delta in enumerate(self._take(choice, update)):
+                if i:  # a lot has piled up: others want to be heard in between
+                    await asyncio.sleep(0)
                 yield choice, delta
 
     async def _interleaved(self) -> AsyncGenerator[tuple[Choice, OutputDelta], None]:
@@ -215,10 +238,11 @@ class Generation:
             read(choice)
         try:
             while tasks:
-                choice, task = await ready.get()
+                choice, task = await self._in_time(ready.get())
                 del tasks[choice.index]
-                delta = self._take(choice, task.result())
-                if delta is not None:
+                for i, delta in enumerate(self._take(choice, task.result())):
+                    if i:
+                        await asyncio.sleep(0)
                     yield choice, delta
                 if not choice.finished:
                     read(choice)
@@ -226,7 +250,26 @@ class Generation:
             for task in tasks.values():
                 task.cancel()
 
-    def _take(self, choice: Choice, update: RequestUpdate) -> OutputDelta | None:
+    async def _in_time(self, coming: Coroutine[Any, Any, T]) -> T:
+        """What comes, unless the deadline does. The engine watches it too, but may not be there."""
+        deadline_s = self._arrival.deadline_s
+        if deadline_s is None:
+            return await coming
+        try:
+            async with asyncio.timeout(deadline_s - time.monotonic()):
+                return await coming
+        except TimeoutError:
+            self._cause = "timeout"
+            raise deadline_exceeded() from None
+
+    def _take(self, choice: Choice, update: RequestUpdate) -> Iterator[OutputDelta]:
+        for piece in _pieces(update):
+            if choice.finished:
+                return
+            if (delta := self._take_piece(choice, piece)) is not None:
+                yield delta
+
+    def _take_piece(self, choice: Choice, update: RequestUpdate) -> OutputDelta | None:
         try:
             delta = choice.take(update)
         except RequestFailedError as exc:
@@ -245,6 +288,23 @@ class Generation:
         num_output = sum(c.num_output_tokens for c in self.choices) if count_output else 0
         cached = PromptTokensDetails(sum(c.num_cached_tokens for c in first))
         return Usage(num_prompt, num_output, num_prompt + num_output, cached)
+
+
+def _pieces(update: RequestUpdate) -> Iterable[RequestUpdate]:
+    """`update`, in parts of at most `_MAX_PIECE` tokens."""
+    num_tokens = len(update.token_ids)
+    if num_tokens <= _MAX_PIECE:
+        return (update,)
+    pieces = [
+        RequestUpdate(
+            token_ids=update.token_ids[start : start + _MAX_PIECE],
+            logprobs=update.logprobs[start : start + _MAX_PIECE],
+        )
+        for start in range(0, num_tokens, _MAX_PIECE)
+    ]
+    pieces[0].started, pieces[0].prompt_logprobs = update.started, update.prompt_logprobs
+    pieces[-1].finish = update.finish
+    return pieces
 
 
 async def collect(generation: Generation) -> list[OutputDelta]:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
+import contextlib
+import fcntl
 import http
+import termios
 from typing import Any
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from octavo.config.server import ServerConfig
+from octavo.log import get_logger
 from octavo.server.errors import ApiError, ErrorBody
 from octavo.server.gate import header_too_large
+
+logger = get_logger(__name__)
 
 _LINGER_S = 1.0
 
@@ -21,19 +28,24 @@ def bounded_protocol(config: ServerConfig) -> type[HttpToolsProtocol]:
     bounds = {
         "max_header_bytes": config.max_header_bytes,
         "read_timeout_s": config.read_timeout_s,
+        "write_timeout_s": config.write_timeout_s,
     }
     return type("Protocol", (BoundedProtocol,), bounds)
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with bounds that it lacks: bytes of the head, and time to send it."""
+    """uvicorn's HTTP/1.1 with bounds that it lacks: bytes of the head, time to send it, time to
+    read the answer.
+    """
 
     max_header_bytes: int
     read_timeout_s: float
+    write_timeout_s: float  # 0: no limit
     _in_head = True
     _head_began = False
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
     _refused = False
 
     def connection_made(self, transport: Any) -> None:
@@ -52,6 +64,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -67,6 +80,54 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(ApiError(400, f"{msg} Send HTTP/1.1.", "invalid_http"))
+
+    def pause_writing(self) -> None:
+        """The transport holds more than it should: the client does not read, or slowly."""
+        super().pause_writing()
+        self._watch_writing()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_write_timer()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._watch_closing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._watch_closing()
+
+    def _watch_closing(self) -> None:
+        """A connection closes when the rest of the answer was sent, which may be never."""
+        if self._write_timer is None:
+            self._watch_writing()
+
+    def _watch_writing(self) -> None:
+        """Look again after `write_timeout_s`; if nothing has been read by then, cut the line."""
+        if not self.write_timeout_s:
+            return
+        self._stop_write_timer()
+        num_bytes = _num_unread_bytes(self.transport)
+        self._write_timer = self.loop.call_later(
+            self.write_timeout_s, self._check_writing, num_bytes
+        )
+
+    def _check_writing(self, num_bytes_before: int) -> None:
+        if _num_unread_bytes(self.transport) < num_bytes_before:
+            self._watch_writing()
+            return
+        self._write_timer = None
+        logger.info(
+            "a client has read nothing for %g s: its connection is cut", self.write_timeout_s
+        )
+        self.transport.abort()
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _start_head(self) -> None:
         self._in_head, self._head_began, self._head_bytes = True, True, 0
@@ -94,3 +155,15 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         self.transport.write(head.encode() + body)
         self.loop.call_later(_LINGER_S, self.transport.close)
+
+
+def _num_unread_bytes(transport: asyncio.Transport) -> int:
+    """Written and not received by the client: here, and in the kernel, which holds megabytes and
+    takes no more before a good part of them has gone.
+    """
+    in_kernel = array.array("i", [0])
+    sock = transport.get_extra_info("socket")
+    if sock is not None:
+        with contextlib.suppress(OSError):  # not on every system
+            fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, in_kernel)
+    return transport.get_write_buffer_size() + in_kernel[0]

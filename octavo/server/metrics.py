@@ -19,6 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from octavo.server.admission import Admission
 from octavo.types import EngineCounts, EngineInfo, StepOutputs, StepStats
 
 # Seconds. Fine from 1 ms: a decode step of a small model takes 2 to 10.
@@ -112,9 +113,13 @@ class ServerMetrics(Collector):
         self.num_prefix_hits = 0
         self.num_preemptions = 0
         # The reasons that a dashboard asks for exist from the start, at zero.
-        self.finished: Counter[str] = Counter(dict.fromkeys(("stop", "length", "abort"), 0))
+        self.finished: Counter[str] = Counter(
+            dict.fromkeys(("stop", "length", "abort", "timeout"), 0)
+        )
         self.http_requests: Counter[tuple[str, int]] = Counter()
-        self.http_rejections: Counter[str] = Counter()
+        self.http_rejections: Counter[str] = Counter(
+            dict.fromkeys(("queue_full", "deadline_unreachable", "deadline_exceeded"), 0)
+        )
         self._labels = {"model_name": model_name, "engine": "0"}
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
@@ -227,6 +232,36 @@ def _by_label(name: str, doc: str, label: str, values: dict[str, float] | dict[s
     for key, value in values.items():
         family.add_metric([key], value)
     return family
+
+
+class QueueMetrics(Collector):
+    """The server's queue: depth and limits, the wait that it means, and the clients' shares."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+
+    def collect(self) -> Iterator[Metric]:
+        queue = self._admission
+        depth = {"requests": queue.num_waiting, "tokens": queue.num_waiting_tokens}
+        limits = {"requests": queue.max_requests, "tokens": queue.max_tokens}
+        yield _by_label("octavo:queue_depth", "What waits for the engine.", "unit", depth)
+        yield _by_label("octavo:queue_limit", "Most that may wait; 0: no limit.", "unit", limits)
+        yield GaugeMetricFamily(
+            "octavo:queue_predicted_wait_seconds",
+            "Until a sequence that comes now would be started.",
+            queue.predicted_wait_s(),
+        )
+        yield GaugeMetricFamily(
+            "octavo:tokens_per_second", "Prompt and output, while busy.", queue.tokens_per_s
+        )
+        for name, doc, counts in (
+            ("octavo:client_tokens", "Prompt and output.", queue.num_tokens_by_client),
+            ("octavo:client_refusals", "Requests refused.", queue.num_refused_by_client),
+        ):
+            family = CounterMetricFamily(name, doc, labels=["client"])
+            for client, count in counts.items():
+                family.add_metric([client], count)
+            yield family
 
 
 @dataclass(slots=True)

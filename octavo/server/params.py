@@ -16,6 +16,7 @@ from octavo.server.requests import (
 from octavo.types import SamplingParams
 
 MAX_CACHE_SALT = 256
+MAX_PRIORITY = 1000  # waiting makes up for priority: nobody shall have to wait for years
 _REQUEST_ID = re.compile(r"[!-~]{1,128}")  # printable ASCII, no spaces
 
 
@@ -43,8 +44,11 @@ def check_common(request: GenerateRequest) -> None:
             f"cache_salt must be 1 to {MAX_CACHE_SALT} characters long; or remove it.",
             "cache_salt",
         )
-    if request.priority is not None and not -(2**31) <= request.priority < 2**31:
-        raise InvalidRequestError("priority must fit 32 bits; lower is served earlier.", "priority")
+    if request.priority is not None and abs(request.priority) > MAX_PRIORITY:
+        raise InvalidRequestError(
+            f"priority must be from -{MAX_PRIORITY} to {MAX_PRIORITY}; lower is served earlier.",
+            "priority",
+        )
     keep = request.truncate_prompt_tokens
     if keep is not None and not (keep == -1 or 1 <= keep < 2**31):
         raise InvalidRequestError(

@@ -51,6 +51,7 @@ class GenerateRequest(SamplingFields, kw_only=True):
     truncate_prompt_tokens: int | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    timeout: float | None = None  # seconds, from the request's arrival to the end of its answer
     return_token_ids: bool | None = None
     request_id: str | None = None
 

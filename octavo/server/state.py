@@ -14,8 +14,9 @@ import octavo
 from octavo.config.server import ServerConfig
 from octavo.engine.protocol import AsyncEngine
 from octavo.errors import ConfigError, InvalidRequestError
+from octavo.server.admission import Admission
 from octavo.server.errors import model_not_found
-from octavo.server.metrics import ServerMetrics
+from octavo.server.metrics import QueueMetrics, ServerMetrics
 from octavo.text.chat_template import ChatTemplate
 from octavo.text.prepare import Limits
 from octavo.text.tokenizer import Tokenizer
@@ -62,6 +63,7 @@ class ServerState:
     served_model_names: tuple[str, ...]
     config: ServerConfig
     limits: Limits = field(init=False)
+    admission: Admission = field(init=False)
     metrics: ServerMetrics = field(init=False)
     started_s: int = field(init=False)  # Unix time
     fingerprint: str = field(init=False)
@@ -72,7 +74,10 @@ class ServerState:
     def __post_init__(self) -> None:
         info = self.engine.info
         self.limits = Limits.from_info(info)
+        self.admission = Admission(self.config, info)
+        self.engine.add_listener(self.admission.on_step)
         self.metrics = ServerMetrics(info, self.model_name, self.engine.counts)
+        self.metrics.registry.register(QueueMetrics(self.admission))
         self.engine.add_listener(self.metrics.on_step)
         self.started_s = int(time.time())
         facts = f"{octavo.__version__}|{info.model}|{info.dtype}|{info.device}"

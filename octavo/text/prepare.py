@@ -90,7 +90,9 @@ def prepare_requests(
     default_seed: int | None = None,
     priority: int = 0,
     cache_salt: str = "",
+    client: str = "",
     arrival_s: float,
+    deadline_s: float | None = None,
 ) -> list[EngineRequest]:
     """One engine request for each of the `n` outputs, in order.
 
@@ -118,7 +120,9 @@ def prepare_requests(
             seed=_system_random.getrandbits(_SEED_BITS) if seed is None else _wrap(seed + child),
             priority=priority,
             cache_salt=cache_salt,
+            client=client,
             arrival_s=arrival_s,
+            deadline_s=deadline_s,
         )
         for child in range(params.n)
     ]

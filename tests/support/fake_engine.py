@@ -57,7 +57,9 @@ def byte_checkpoint() -> Checkpoint:
     )
 
 
-def fake_info(max_model_len: int = 256) -> EngineInfo:
+def fake_info(
+    max_model_len: int = 256, kv_capacity_tokens: int = 1024, max_num_seqs: int = 8
+) -> EngineInfo:
     return EngineInfo(
         model="fake/model",
         architecture="FakeForCausalLM",
@@ -67,9 +69,9 @@ def fake_info(max_model_len: int = 256) -> EngineInfo:
         vocab_size=259,
         eos_token_ids=(EOS, IM_END),
         block_size=16,
-        num_blocks=64,
-        kv_capacity_tokens=1024,
-        max_num_seqs=8,
+        num_blocks=kv_capacity_tokens // 16,
+        kv_capacity_tokens=kv_capacity_tokens,
+        max_num_seqs=max_num_seqs,
         max_num_batched_tokens=128,
         enable_prefix_caching=True,
         scheduling_policy="priority",
@@ -97,15 +99,19 @@ class FakeStream:
 class FakeEngine:
     """`reply(request)` gives the tokens to say; after them comes EOS. `step_s` passes between
     tokens; with `hang` nothing is ever said. `fail` holds what a request ends with, after two
-    tokens.
+    tokens. With `num_rows` set, only so many requests speak at once; the others wait their turn.
     """
 
-    def __init__(self, reply: Callable[[EngineRequest], Sequence[int]]) -> None:
-        self.info = fake_info()
+    def __init__(
+        self, reply: Callable[[EngineRequest], Sequence[int]], info: EngineInfo | None = None
+    ) -> None:
+        self.info = info or fake_info()
         self.counts = EngineCounts()
         self.reply = reply
         self.step_s = 0.0
         self.hang = False
+        self.num_rows: int | None = None
+        self.num_running = 0
         self.fail: str | None = None
         self.is_alive = True
         self.trouble: str | None = None
@@ -142,13 +148,25 @@ class FakeEngine:
                 task.cancel()
                 self.aborted.append(request_id)
                 stream.put().finish = Finish(request_id, "abort")
+                self._tell(StepOutputs(finished=[Finish(request_id, "abort")]))
 
     async def close(self) -> None:
         self.abort(list(self._live))
 
     async def _generate(self, request: EngineRequest, stream: FakeStream) -> None:
+        while self.num_rows is not None and self.num_running >= self.num_rows:
+            await asyncio.sleep(0.002)
+        self.num_running += 1
+        try:
+            await self._speak(request, stream)
+        finally:
+            self.num_running -= 1
+
+    async def _speak(self, request: EngineRequest, stream: FakeStream) -> None:
         request_id, params = request.request_id, request.params
-        stream.put().started = Started(request_id, self.num_cached_tokens, 0.001)
+        started = Started(request_id, self.num_cached_tokens, 0.001)
+        stream.put().started = started
+        self._tell(StepOutputs(started=[started]))
         if params.prompt_logprobs is not None:
             stream.put().prompt_logprobs.extend(
                 _logprobs(t, params.prompt_logprobs) for t in request.prompt_token_ids[1:]
@@ -172,19 +190,21 @@ class FakeEngine:
                 finish = Finish(request_id, "stop", stop_token_id=token if own else None)
             elif position + 1 >= room:
                 finish = Finish(request_id, "length")
-            self._tell(request_id, token, finish)
+            stats = StepStats(num_running=self.num_running, num_batched_tokens=1, step_s=0.002)
+            self._tell(
+                StepOutputs(
+                    request_ids=[request_id],
+                    token_ids=[token],
+                    finished=[finish] if finish else [],
+                    stats=stats,
+                )
+            )
             if finish is not None:
                 self._finish(stream, finish)
                 return
         self._finish(stream, Finish(request_id, "length"))
 
-    def _tell(self, request_id: int, token: int, finish: Finish | None) -> None:
-        outputs = StepOutputs(
-            request_ids=[request_id],
-            token_ids=[token],
-            finished=[finish] if finish else [],
-            stats=StepStats(num_running=len(self._live), num_batched_tokens=1, step_s=0.002),
-        )
+    def _tell(self, outputs: StepOutputs) -> None:
         for listener in self._listeners:
             listener(outputs)
 

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Refusal = tuple[int, dict[str, Any]]  # status, body
+Refusal = (
+    tuple[int, dict[str, Any]] | tuple[int, dict[str, Any], dict[str, str]]
+)  # status, body, headers
 
 
 class FakeOpenAI:
@@ -97,9 +99,13 @@ class _Handler(BaseHTTPRequestHandler):
             with fake.lock:
                 fake.num_running -= 1
 
-    def _json(self, status: int, body: dict[str, Any]) -> None:
+    def _json(
+        self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None
+    ) -> None:
         content = json.dumps(body).encode()
         self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)

@@ -15,15 +15,16 @@ from octavo.server.app import create_app
 from octavo.server.state import ServerState
 from octavo.text.chat_template import ChatTemplate
 from octavo.text.tokenizer import Tokenizer
+from octavo.types import EngineInfo
 
 
-def make_state(config: ServerConfig) -> ServerState:
+def make_state(config: ServerConfig, info: EngineInfo | None = None) -> ServerState:
     """A state with a fake engine that says "Hello, world!"; call it on the event loop."""
     checkpoint = byte_checkpoint()
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     assert tokenizer is not None
     return ServerState(
-        engine=FakeEngine(lambda request: tokenizer.encode("Hello, world!")),
+        engine=FakeEngine(lambda request: tokenizer.encode("Hello, world!"), info),
         tokenizer=tokenizer,
         chat_template=ChatTemplate.from_checkpoint(checkpoint, None, "<eos>"),
         generation_defaults={"top_k": 50},
@@ -35,7 +36,8 @@ def make_state(config: ServerConfig) -> ServerState:
 class LiveServer:
     """`engine` and `state` belong to the server's thread; tests read them and set plain fields."""
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, info: EngineInfo | None = None, **options: object) -> None:
+        self._info = info
         self.config = ServerConfig.from_options(port=0, **options)
         self.sock = run.bind(self.config)
         self.url = f"http://127.0.0.1:{self.sock.getsockname()[1]}"
@@ -45,7 +47,7 @@ class LiveServer:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()))
 
     async def _main(self) -> None:
-        self.state = make_state(self.config)
+        self.state = make_state(self.config, self._info)
         assert isinstance(self.state.engine, FakeEngine)
         assert self.state.tokenizer is not None
         self.engine, self.encode = self.state.engine, self.state.tokenizer.encode

@@ -146,6 +146,20 @@ def test_failures_are_counted_by_cause(answer, cause):
     assert report.figures.num_output_tokens == 15
 
 
+def test_refusals_are_counted_with_what_they_were_told():
+    def answer_half(body):
+        told = {"Retry-After": "7" if len(server.bodies) > 2 else "Wed, 21 Oct 2015 07:28:00 GMT"}
+        return (429, {}, told) if len(server.bodies) % 2 else spoken(body, step_s=0.0)
+
+    with FakeOpenAI(answer_half) as server:
+        run = measure(server, max_concurrency=1)
+    assert run.report.num_refused == run.report.num_failed == 3
+    assert run.report.retry_after_s.p50 == 7
+    assert [exchange.retry_after_s for exchange in run.exchanges] == [None, None, 7, None, 7, None]
+    assert [exchange.status for exchange in run.exchanges] == [429, 200] * 3
+    assert "3 refused, Retry-After p50 7 s" in run.report.summary()
+
+
 def test_goodput_counts_those_that_met_every_limit():
     def slow_half(body):
         return spoken(body, step_s=0.15 if len(server.bodies) % 2 else 0.0)

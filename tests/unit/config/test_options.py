@@ -83,6 +83,8 @@ def test_a_flag_belongs_to_one_class() -> None:
         ({"api_key": "schlüssel"}, "api_key"),
         ({"served_model_name": " , "}, "served_model_name"),
         ({"generation_config": "mine"}, "auto, vllm"),
+        ({"max_queue_requests": -1}, "max_queue_requests must be at least 0"),
+        ({"request_timeout_s": -1.0}, "request_timeout_s"),
     ],
 )
 def test_the_servers_ranges(options: dict[str, object], message: str) -> None:

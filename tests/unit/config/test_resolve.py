@@ -183,6 +183,7 @@ def test_dummy_weights_need_no_files() -> None:
             for value in (0, -1)
         ),
         ({"num_threads": -1}, "num_threads must be 0 or more"),
+        ({"priority_ageing_s": float("inf")}, "priority_ageing_s must be 0 or more"),
         ({"long_prefill_token_threshold": -1}, "long_prefill_token_threshold must be 0 or more"),
     ],
     ids=str,

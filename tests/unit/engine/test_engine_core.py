@@ -137,6 +137,24 @@ def test_requests_get_their_tokens_and_one_finish(is_async: bool) -> None:
     core.check_integrity()
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("num_steps", [0, 1, 3])
+def test_a_deadline_is_told_wherever_its_request_is(is_async: bool, num_steps: int) -> None:
+    core, _ = make(async_scheduling=is_async)
+    late = dataclasses.replace(request(1, max_tokens=20), deadline_s=time.monotonic() + 0.2)
+    core.add(late)
+    tokens = []
+    for _ in range(num_steps):
+        if (outputs := core.step()) is not None:
+            tokens += outputs.token_ids
+    time.sleep(0.25)
+    finishes = [finish for outputs in outputs_of(core) for finish in outputs.finished]
+    assert finishes == [Finish(1, "timeout")]
+    assert tokens == expected_tokens(late)[0][: len(tokens)]
+    assert core.step() is None
+    core.check_integrity()
+
+
 def test_one_step_is_in_flight_when_scheduling_ahead() -> None:
     core, _ = make(async_scheduling=True)
     core.add(request(1))

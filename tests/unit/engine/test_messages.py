@@ -74,6 +74,8 @@ REQUEST = EngineRequest(
     priority=-3,
     cache_salt="s\u00e4lz",
     arrival_s=12.5,
+    deadline_s=20.25,
+    client="tenant",
     output_token_ids=(4, 9),
 )
 CHECKPOINT = Checkpoint(

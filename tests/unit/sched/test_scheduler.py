@@ -37,7 +37,8 @@ class Engine:
         }
         config = SchedulerConfig(**settings)  # type: ignore[arg-type]
         cache = KVCache(num_blocks, BLOCK, enable_prefix_caching=config.enable_prefix_caching)
-        self.scheduler = Scheduler(config, cache, clock=lambda: 0.0)
+        self.now_s = 0.0
+        self.scheduler = Scheduler(config, cache, clock=lambda: self.now_s)
         self.runner = FakeRunner(num_blocks, BLOCK)
         self.depth = depth
         self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
@@ -61,6 +62,8 @@ class Engine:
         if plan is not None:
             self.plans.append(plan)
             self.in_flight.append((plan, self.runner.execute(plan)))
+        if (early := self.scheduler.take_expired()) is not None:
+            self._take(early)
         if self.in_flight and (plan is None or len(self.in_flight) > self.depth):
             self._take(self.scheduler.apply(*self.in_flight.popleft()))
         self.scheduler.check_integrity()
@@ -110,6 +113,100 @@ def test_priority_lower_first_then_by_arrival() -> None:
         engine.add(request_id, 6, priority=priority)
     engine.run()
     assert engine.started == [3, 1, 4, 2]
+
+
+def test_waiting_makes_up_for_priority() -> None:
+    engine = Engine(max_num_seqs=1, policy="priority", priority_ageing_s=10.0)
+    for request_id, priority, arrival_s in ((1, 0, 0.0), (2, 1, 5.0), (3, 0, 14.0), (4, 0, 16.0)):
+        engine.add(request_id, 6, priority=priority, arrival_s=arrival_s)
+    engine.run()
+    assert engine.started == [1, 3, 2, 4]
+
+
+def test_another_clients_single_request_waits_for_one_turn_only() -> None:
+    engine = Engine(max_num_seqs=2)
+    for request_id in range(100):
+        engine.add(request_id, 6, max_tokens=8, client="crowd")
+    for _ in range(20):
+        engine.step()
+    num_before = len(engine.started)
+    engine.add(1000, 6, client="single")
+    while 1000 not in engine.started:
+        engine.step()
+    assert len(engine.started) <= num_before + 2  # a row each for both clients
+
+
+def test_the_client_that_was_given_most_is_preempted() -> None:
+    engine = Engine(num_blocks=13, enable_prefix_caching=False)
+    for request_id, client in ((1, "b"), (2, "a"), (3, "a")):
+        engine.add(request_id, 9, max_tokens=20, client=client)
+    preempted = run_and_note_preemptions(engine)
+    assert preempted[0] == 3
+    assert 1 not in preempted
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_deadline_ends_a_request_wherever_it_is(depth: int) -> None:
+    engine = Engine(max_num_seqs=2, depth=depth)
+    engine.add(1, 5, max_tokens=50, deadline_s=10.0)  # decodes
+    engine.add(2, 300, max_tokens=50, deadline_s=5.0)  # prefills
+    engine.add(3, 5, deadline_s=5.0)  # waits
+    engine.add(4, 5)
+    for now_s in range(12):
+        engine.now_s = float(now_s)
+        engine.step()
+    engine.run()
+    assert engine.ends == {1: "timeout", 2: "timeout", 3: "timeout", 4: "length"}
+    assert 3 not in engine.started
+    assert len(engine.tokens[1]) >= 10 - depth - 1
+
+
+def test_the_last_requests_deadline_is_told_although_nothing_runs() -> None:
+    engine = Engine()
+    engine.add(1, 5, deadline_s=1.0)
+    engine.now_s = 2.0
+    assert engine.step() is None
+    assert engine.ends == {1: "timeout"}
+
+
+def test_finished_requests_leave_the_deadlines_before_their_time() -> None:
+    engine = Engine()
+    for request_id in range(500):
+        engine.add(request_id, 5, max_tokens=1, deadline_s=1e6)
+        engine.run()
+    assert len(engine.scheduler._deadlines) < 200
+
+
+def test_a_prompt_that_does_not_fit_is_matched_again_only_when_that_may_help(monkeypatch) -> None:
+    engine = Engine(num_blocks=30, max_num_seqs=3)
+    engine.add(1, 60, max_tokens=40)
+    engine.step()
+    num_matches = 0
+    match = KVCache.match
+
+    def counted(self: KVCache, *args: object) -> object:
+        nonlocal num_matches
+        num_matches += 1
+        return match(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(KVCache, "match", counted)
+    engine.add(2, 80)
+    while 2 not in engine.started:
+        engine.step()
+    assert 1 in engine.ends
+    assert num_matches == 2
+
+
+def test_a_prompt_that_does_not_fit_is_let_in_once_its_beginning_is_published() -> None:
+    engine = Engine(num_blocks=30, max_num_batched_tokens=8)
+    prompt = tuple(range(80))
+    engine.add(1, 80, max_tokens=20, prompt=prompt)
+    for _ in range(3):
+        engine.step()
+    engine.add(2, 80, max_tokens=2, prompt=prompt)
+    while 2 not in engine.started:
+        engine.step()
+    assert 1 not in engine.ends  # it holds its blocks, and 2 uses them
 
 
 def test_decodes_get_their_token_in_every_step_of_a_long_prefill() -> None:

@@ -37,6 +37,8 @@ class Arrival:
     salt: str
     stops: tuple[int, ...]
     abort_after: int | None  # steps
+    client: str = ""
+    timeout: int | None = None  # steps
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Scenario:
     budget: int
     num_blocks: int
     policy: str
+    ageing_s: float
     threshold: int
     depth: int
     caching: bool
@@ -63,6 +66,8 @@ arrivals = st.builds(
     salt=st.sampled_from(["", "", "s"]),
     stops=st.sampled_from([(), (3,), (1, 2, 3), tuple(range(0, VOCAB, 5))]),
     abort_after=st.one_of(st.none(), st.none(), st.integers(0, 20)),
+    client=st.sampled_from(["", "a", "b"]),
+    timeout=st.one_of(st.none(), st.none(), st.integers(0, 25)),
 )
 scenarios = st.builds(
     Scenario,
@@ -70,6 +75,7 @@ scenarios = st.builds(
     budget=st.integers(6, 48),
     num_blocks=st.integers(17, 40),  # MAX_LEN needs 16
     policy=st.sampled_from(["fcfs", "priority"]),
+    ageing_s=st.sampled_from([0.0, 2.0]),
     threshold=st.sampled_from([0, 0, 3, 16]),
     depth=st.integers(0, 3),
     caching=st.booleans(),
@@ -78,7 +84,7 @@ scenarios = st.builds(
 )
 
 
-def request_of(index: int, arrival: Arrival) -> EngineRequest:
+def request_of(index: int, arrival: Arrival, now: int = 0) -> EngineRequest:
     prompt = tuple(
         (i * 7 + (i // 9) * arrival.prompt_kind) % VOCAB for i in range(arrival.prompt_len)
     )
@@ -91,6 +97,9 @@ def request_of(index: int, arrival: Arrival) -> EngineRequest:
         seed=arrival.seed,
         priority=arrival.priority,
         cache_salt=arrival.salt,
+        client=arrival.client,
+        arrival_s=float(now),
+        deadline_s=None if arrival.timeout is None else float(now + arrival.timeout),
     )
 
 
@@ -99,12 +108,14 @@ class Simulation:
     """The engine's step loop, `depth` steps ahead of its results."""
 
     scenario: Scenario
+    requests: dict[int, EngineRequest] = field(default_factory=dict)
     streams: dict[int, list[int]] = field(default_factory=dict)
     finishes: dict[int, Finish] = field(default_factory=dict)
     in_flight: deque[tuple[StepPlan, StepResult]] = field(default_factory=deque)
     num_steps: int = 0
     hits: int = 0
     preemptions: int = 0
+    now: int = 0  # steps; the scheduler's clock
 
     def __post_init__(self) -> None:
         self.start()
@@ -120,9 +131,10 @@ class Simulation:
             enable_prefix_caching=s.caching,
             long_prefill_token_threshold=s.threshold,
             async_depth=s.depth,
+            priority_ageing_s=s.ageing_s,
         )
         cache = KVCache(s.num_blocks, BLOCK, enable_prefix_caching=s.caching)
-        self.scheduler = Scheduler(config, cache)
+        self.scheduler = Scheduler(config, cache, clock=lambda: float(self.now))
         self.runner = FakeRunner(s.num_blocks, BLOCK)
 
     def die(self) -> None:
@@ -131,16 +143,20 @@ class Simulation:
         self.start()
         for request_id, received in self.streams.items():
             if request_id not in self.finishes:
-                request = request_of(request_id - 1, self.scenario.arrivals[request_id - 1])
+                request = self.requests[request_id]
                 self.scheduler.add(dataclasses.replace(request, output_token_ids=tuple(received)))
 
     def step(self) -> None:
         plan = self.scheduler.schedule()
         self.scheduler.check_integrity()
+        for request in self.scheduler._requests.values():
+            assert request.spec.deadline_s is None or request.spec.deadline_s > self.now
         if plan is not None:
             assert plan.num_tokens <= self.scenario.budget
             self.num_steps += 1
             self.in_flight.append((plan, self.runner.execute(plan)))
+        if (early := self.scheduler.take_expired()) is not None:
+            self.take(early.finished)
         if self.in_flight and (plan is None or len(self.in_flight) > self.scenario.depth):
             outputs = self.scheduler.apply(*self.in_flight.popleft())
             self.scheduler.check_integrity()
@@ -158,29 +174,28 @@ class Simulation:
 
     def run(self) -> None:
         aborts: list[tuple[int, int]] = []
-        now = 0
 
         def advance() -> None:
-            nonlocal now
             for due, request_id in list(aborts):
-                if due <= now:
+                if due <= self.now:
                     aborts.remove((due, request_id))
                     self.take(self.scheduler.abort([request_id]))
-            if now == self.scenario.death_after:
+            if self.now == self.scenario.death_after:
                 self.die()
             self.step()
-            now += 1
+            self.now += 1
 
         for index, arrival in enumerate(self.scenario.arrivals):
             for _ in range(arrival.after_steps):
                 advance()
             self.streams[index + 1] = []
-            self.scheduler.add(request_of(index, arrival))
+            self.requests[index + 1] = request_of(index, arrival, self.now)
+            self.scheduler.add(self.requests[index + 1])
             if arrival.abort_after is not None:
-                aborts.append((now + arrival.abort_after, index + 1))
+                aborts.append((self.now + arrival.abort_after, index + 1))
         while self.scheduler.num_live or self.in_flight:
             advance()
-            assert now < 20_000, "no progress"
+            assert self.now < 20_000, "no progress"
 
 
 def check(scenario: Scenario) -> Simulation:
@@ -193,8 +208,9 @@ def check(scenario: Scenario) -> Simulation:
             simulation.finishes[request.request_id],
             simulation.streams[request.request_id],
         )
-        if finish.reason == "abort":
-            assert arrival.abort_after is not None
+        if finish.reason in ("abort", "timeout"):
+            limit = arrival.abort_after if finish.reason == "abort" else arrival.timeout
+            assert limit is not None
             assert got == tokens[: len(got)]
         else:
             assert (got, finish.reason) == (tokens, reason)
@@ -218,6 +234,15 @@ def test_streams_are_those_of_each_request_alone_at_length(scenario: Scenario) -
 def test_the_scenarios_do_preempt_and_hit() -> None:
     """Guards the property test against scenarios too tame to prove anything."""
     arrival = Arrival(0, 30, 0, 24, 1, 0, "", (), None)
-    crowd = Scenario(6, 48, 20, "fcfs", 0, 1, True, [arrival] * 8)
+    crowd = Scenario(6, 48, 20, "fcfs", 0.0, 0, 1, True, [arrival] * 8)
     assert check(crowd).preemptions > 0
     assert check(crowd).hits > 0
+
+
+def test_the_scenarios_do_expire_in_every_state() -> None:
+    arrivals = [Arrival(0, 8, 0, 24, i, 0, "", (), None, timeout=t) for i, t in enumerate((1, 9))]
+    running = check(Scenario(2, 48, 40, "fcfs", 0.0, 0, 1, True, arrivals))
+    assert {finish.reason for finish in running.finishes.values()} == {"timeout"}
+    assert len(running.streams[2]) > 0
+    waiting = check(Scenario(1, 48, 40, "fcfs", 0.0, 0, 1, True, arrivals[::-1]))
+    assert waiting.streams[2] == []

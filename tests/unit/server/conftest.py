@@ -11,6 +11,7 @@ from support.live_server import LiveServer, make_state
 
 from octavo.config.server import ServerConfig
 from octavo.server.state import ServerState
+from octavo.types import EngineInfo
 
 
 @pytest.fixture(scope="session")
@@ -58,8 +59,8 @@ def start_server() -> Iterator[Callable[..., LiveServer]]:
     """Servers of a test's own, with options."""
     running: list[LiveServer] = []
 
-    def start(**options: object) -> LiveServer:
-        running.append(LiveServer(**options).__enter__())
+    def start(info: EngineInfo | None = None, **options: object) -> LiveServer:
+        running.append(LiveServer(info, **options).__enter__())
         return running[-1]
 
     yield start
