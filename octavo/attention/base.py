@@ -67,6 +67,11 @@ class AttentionBatch:
     query_lens: tuple[int, ...]  # the same on the host, for backends that loop
     host_seq_lens: tuple[int, ...]
     shared: SharedPrefix | None = None
+    is_fresh: bool = False  # no sequence but the decodes has a context
+    # Set where it pays to copy the keys of all but the decodes out of the cache first: where each
+    # sequence's would begin, [num_seqs - num_decodes + 1] int32, and how many there are.
+    key_starts: torch.Tensor | None = None
+    num_keys: int = 0
 
 
 class AttentionBackend(Protocol):

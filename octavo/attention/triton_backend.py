@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 
 from octavo.attention.base import AttentionBatch, AttentionSpec, KVLayer
+from octavo.kernels import launch
+from octavo.kernels.packed_prefill_triton import can_pack, gather, packed_prefill
 from octavo.kernels.paged_decode_triton import DecodeWorkspace, SharedPart, paged_decode
 from octavo.kernels.paged_prefill_triton import paged_prefill
 from octavo.kernels.qkv import HeadTransform
@@ -54,11 +56,29 @@ class TritonAttention:
         spec: AttentionSpec,
     ) -> torch.Tensor:  # [num_tokens, num_heads, head_dim]
         """See `PackedAttention.forward_packed`."""
-        query = rotate_and_store(qkv, spec.num_heads, transform, kv.k, kv.v, batch.slot_mapping)
-        return self._attend(query, kv, batch, spec)
+        packs = self._can_pack(qkv, spec)
+        query = rotate_and_store(
+            qkv, spec.num_heads, transform, kv.k, kv.v, batch.slot_mapping,
+            keep=packs and batch.is_fresh,
+        )  # fmt: skip
+        return self._attend(query, kv, batch, spec, qkv if packs else None)
+
+    def _can_pack(self, qkv: torch.Tensor, spec: AttentionSpec) -> bool:
+        is_plain = spec.sliding_window is None and spec.logit_softcap is None
+        return (
+            is_plain
+            and launch.copies_tiles(qkv.device)
+            and can_pack(spec.head_dim, qkv.dtype)
+            and qkv.is_contiguous()
+        )
 
     def _attend(
-        self, query: torch.Tensor, kv: KVLayer, batch: AttentionBatch, spec: AttentionSpec
+        self,
+        query: torch.Tensor,
+        kv: KVLayer,
+        batch: AttentionBatch,
+        spec: AttentionSpec,
+        qkv: torch.Tensor | None = None,  # where chunks may find their keys
     ) -> torch.Tensor:
         out = torch.empty_like(query)
         num_decodes = batch.num_decodes
@@ -80,21 +100,72 @@ class TritonAttention:
                 shared=_attend_shared(query[:num_queries], kv, batch, spec),
             )
         if len(batch.query_lens) > num_decodes:
-            paged_prefill(
-                query,
-                out,
-                kv.k,
-                kv.v,
-                batch.block_tables[num_decodes:],
-                batch.query_starts[num_decodes:],
-                batch.seq_lens[num_decodes:],
-                len(query) - sum(batch.query_lens[:num_decodes]),
-                batch.max_query_len,
-                scale=spec.scale,
-                window=spec.sliding_window,
-                softcap=spec.logit_softcap,
-            )
+            if qkv is not None and (batch.is_fresh or batch.key_starts is not None):
+                _attend_packed(query, out, qkv, kv, batch, spec)
+            else:
+                _attend_paged(query, out, kv, batch, spec)
         return out
+
+
+def _attend_paged(
+    query: torch.Tensor,
+    out: torch.Tensor,
+    kv: KVLayer,
+    batch: AttentionBatch,
+    spec: AttentionSpec,
+) -> None:
+    """The chunks, each key looked up in the cache."""
+    num_decodes = batch.num_decodes
+    paged_prefill(
+        query,
+        out,
+        kv.k,
+        kv.v,
+        batch.block_tables[num_decodes:],
+        batch.query_starts[num_decodes:],
+        batch.seq_lens[num_decodes:],
+        _num_chunk_tokens(query, batch),
+        batch.max_query_len,
+        scale=spec.scale,
+        window=spec.sliding_window,
+        softcap=spec.logit_softcap,
+    )
+
+
+def _attend_packed(
+    query: torch.Tensor,
+    out: torch.Tensor,
+    qkv: torch.Tensor,
+    kv: KVLayer,
+    batch: AttentionBatch,
+    spec: AttentionSpec,
+) -> None:
+    """The chunks: their keys are in the projection, or copied out of the cache."""
+    num_decodes, width = batch.num_decodes, spec.num_kv_heads * spec.head_dim
+    starts = batch.query_starts[num_decodes:]
+    if batch.is_fresh:
+        keys, first_col, rows = qkv, spec.num_heads * spec.head_dim, starts
+    else:
+        assert batch.key_starts is not None
+        rows, first_col = batch.key_starts, 0
+        keys = gather(kv.k, kv.v, batch.block_tables[num_decodes:], rows, batch.num_keys)
+    packed_prefill(
+        query,
+        out,
+        keys,
+        first_col,
+        first_col + width,
+        rows,
+        starts,
+        batch.seq_lens[num_decodes:],
+        _num_chunk_tokens(query, batch),
+        spec.num_kv_heads,
+        spec.scale,
+    )
+
+
+def _num_chunk_tokens(query: torch.Tensor, batch: AttentionBatch) -> int:
+    return len(query) - sum(batch.query_lens[: batch.num_decodes])
 
 
 def _attend_shared(

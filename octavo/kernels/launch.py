@@ -35,6 +35,11 @@ def overlaps(x: torch.Tensor) -> bool:
     return programmatic_launch and _can_overlap(x.device)
 
 
+def copies_tiles(device: torch.device) -> bool:
+    """Whether the device has an engine that copies tiles to its processors: Hopper and later."""
+    return _can_overlap(device)
+
+
 def is_amd() -> bool:
     """Whether GPUs are AMD's, which have 64 KiB of shared memory per program, not 227."""
     return torch.version.hip is not None

@@ -30,7 +30,7 @@ class Around(NamedTuple):
     eps: float = 0.0
     add_one: bool = False  # see `rms_norm`
     activation: str | None = None  # x is gate and up side by side: see `gated_activation`
-    residual: torch.Tensor | None = None  # added to the result
+    residual: torch.Tensor | None = None  # added to the result; may be overwritten
 
 
 NOTHING = Around()
@@ -48,24 +48,40 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 def fuses(x: torch.Tensor) -> bool:
     """Whether a layer with this input, [num_tokens, size], should use `linear_around`."""
-    return launch.takes(x) and len(x) <= MAX_FUSED_TOKENS and x.itemsize == 2
+    return launch.takes(x) and x.itemsize == 2
 
 
 def linear_around(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, around: Around
 ) -> torch.Tensor:
     """[num_tokens, in_features], or twice as wide with an activation, -> [num_tokens,
-    out_features]
+    out_features]; may be written over `around.residual`.
     """
-    if fuses(x):
-        from octavo.kernels import gemv_triton
+    if not fuses(x):
+        return linear_around_torch(x, weight, bias, around)
+    if len(x) > MAX_FUSED_TOKENS:
+        return _linear_onto(prepare(x, around), weight, bias, around.residual)
+    from octavo.kernels import gemv_triton
 
-        if around.activation and not gemv_triton.fuses_activation(len(x), *weight.shape):
-            x = gated_activation(x, around.activation)
-            around = around._replace(activation=None)
-        if (plan := gemv_triton.plan(len(x), *weight.shape)) is not None:
-            return gemv_triton.run(plan, x, weight, bias, around)
+    if around.activation and not gemv_triton.fuses_activation(len(x), *weight.shape):
+        x = gated_activation(x, around.activation)
+        around = around._replace(activation=None)
+    if (plan := gemv_triton.plan(len(x), *weight.shape)) is not None:
+        return gemv_triton.run(plan, x, weight, bias, around)
     return linear_around_torch(x, weight, bias, around)
+
+
+def _linear_onto(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """With many tokens cuBLAS adds in passing, which saves reading and writing the sum again."""
+    if residual is None or bias is not None or len(x) <= MAX_TOKENS:
+        y = linear(x, weight, bias)
+        return y if residual is None else residual.add_(y)
+    return residual.addmm_(x, weight.t())
 
 
 def linear_around_torch(

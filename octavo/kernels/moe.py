@@ -47,15 +47,16 @@ def run_experts(
     down: torch.Tensor,  # [num_experts, size, intermediate]
     routing: Routing,
     activation: str,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:  # [num_tokens, size]
-    """The weighted sum over each token's experts of down(act(gate(x)) * up(x))."""
+    """The weighted sum over each token's experts of down(act(gate(x)) * up(x)), plus residual."""
     if launch.takes(x):
         from octavo.kernels import moe_triton
 
         return moe_triton.run_experts(
-            x, gate_up, down, routing.weights, routing.experts, activation
+            x, gate_up, down, routing.weights, routing.experts, activation, residual
         )
-    return run_experts_torch(x, gate_up, down, routing, activation)
+    return run_experts_torch(x, gate_up, down, routing, activation, residual)
 
 
 def run_experts_torch(
@@ -64,6 +65,7 @@ def run_experts_torch(
     down: torch.Tensor,
     routing: Routing,
     activation: str,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The twin: expert after expert, in float32 sums. Waits for the device."""
     total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -72,4 +74,4 @@ def run_experts_torch(
         gated = gated_activation(F.linear(x[tokens], gate_up[expert]), activation)
         y = F.linear(gated, down[expert]).float() * routing.weights[tokens, ranks, None]
         total.index_add_(0, tokens, y)
-    return total.to(x.dtype)
+    return total.to(x.dtype) if residual is None else residual + total.to(x.dtype)

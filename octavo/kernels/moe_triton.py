@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels import launch
 from octavo.kernels.activation_triton import KINDS, activate
@@ -104,15 +105,16 @@ def sort_kernel(
 
 @triton.jit
 def grouped_kernel(
-    x_ptr,  # [num_pairs // divisor, in_features], rows x_stride apart
+    x_ptr,  # GATED: [num_tokens, in_features], rows x_stride apart; else as this left it
     weight_ptr,  # [num_experts, out_features (twice that if GATED), in_features] contiguous
-    out_ptr,  # [num_pairs, out_features] contiguous
+    tiles,  # descriptor of the same as a matrix, tiles [BLOCK_N, BLOCK_K], or None
+    out_ptr,  # [num_pairs, out_features] contiguous; GATED and SORTED: in the sorted order
     experts_ptr,  # [num_pairs] int32
     order_ptr,  # [num_pairs] int32, SORTED
     starts_ptr,  # [num_experts + 1] int32, SORTED
     factors_ptr,  # [num_pairs] float32, not GATED: what each result is multiplied by
     x_stride,
-    divisor,  # pair p reads row p // divisor
+    top_k,
     num_experts,
     out_features,
     in_features,
@@ -147,17 +149,22 @@ def grouped_kernel(
             return
         exists = first + lanes < stop
         pairs = tl.load(order_ptr + first + lanes, mask=exists, other=0)
+        places = first + lanes
     else:
         expert = tl.load(experts_ptr + tile)
         exists = lanes < 1
         pairs = tile + lanes * 0
+        places = pairs
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(cols, out_features - 1)  # beyond the last: not written
     ks = tl.arange(0, BLOCK_K)
     num_rows = out_features
+    x_rows = places
     if GATED:
         num_rows = 2 * out_features
-    x_tile = x_ptr + (pairs // divisor).to(tl.int64)[:, None] * x_stride + ks[None, :]
+        x_rows = pairs // top_k
+    first_row = expert * num_rows + tl.program_id(1) * BLOCK_N
+    x_tile = x_ptr + x_rows.to(tl.int64)[:, None] * x_stride + ks[None, :]
     matrix = weight_ptr + expert.to(tl.int64) * num_rows * in_features
     weight_tile = matrix + rows[:, None] * in_features + ks[None, :]
     up_tile = weight_tile + out_features * in_features
@@ -166,14 +173,19 @@ def grouped_kernel(
     for k in tl.range(0, in_features, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_tile + k, mask=exists[:, None], other=0.0)
-            weight = tl.load(weight_tile + k)
+            if tiles is None:
+                weight = tl.load(weight_tile + k)
+            else:
+                weight = tiles.load([first_row, k])
         else:
             in_k = (k + ks < in_features)[None, :]
             x = tl.load(x_tile + k, mask=exists[:, None] & in_k, other=0.0)
             weight = tl.load(weight_tile + k, mask=in_k, other=0.0)
         acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
         if GATED:
-            if EVEN_K:
+            if tiles is not None:
+                up = tiles.load([first_row + out_features, k])
+            elif EVEN_K:
                 up = tl.load(up_tile + k)
             else:
                 up = tl.load(up_tile + k, mask=(k + ks < in_features)[None, :], other=0.0)
@@ -182,10 +194,40 @@ def grouped_kernel(
     if GATED:
         activated = activate(acc.to(dtype).to(tl.float32), ACTIVATION).to(dtype).to(tl.float32)
         y = activated * up_acc.to(dtype).to(tl.float32)
+        out_rows = places
     else:
         y = acc * tl.load(factors_ptr + pairs, mask=exists, other=0.0)[:, None]
-    out = out_ptr + pairs.to(tl.int64)[:, None] * out_features + cols[None, :]
+        out_rows = pairs
+    out = out_ptr + out_rows.to(tl.int64)[:, None] * out_features + cols[None, :]
     tl.store(out, y.to(dtype), mask=exists[:, None] & (cols < out_features)[None, :])
+
+
+@triton.jit
+def combine_kernel(
+    y_ptr,  # [num_tokens, top_k, size] contiguous
+    residual_ptr,  # [num_tokens, size] contiguous
+    out_ptr,  # [num_tokens, size] contiguous
+    top_k,
+    size,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < size
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    total = tl.zeros([BLOCK], tl.float32)
+    for rank in tl.range(0, top_k):
+        y = tl.load(y_ptr + (token * top_k + rank) * size + cols, mask=mask, other=0.0)
+        total += y.to(tl.float32)
+    dtype = out_ptr.dtype.element_ty
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + token * size + cols, mask=mask, other=0.0)
+        total = total.to(dtype).to(tl.float32) + residual.to(tl.float32)
+    tl.store(out_ptr + token * size + cols, total.to(dtype), mask=mask)
 
 
 def route(logits: torch.Tensor, top_k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,20 +283,43 @@ def run_experts(
     weights: torch.Tensor,  # [num_tokens, top_k] float32
     experts: torch.Tensor,  # [num_tokens, top_k] int32
     activation: str,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:  # [num_tokens, size]
-    """The weighted sum over each token's experts of down(act(gate(x)) * up(x))."""
+    """The weighted sum over each token's experts of down(act(gate(x)) * up(x)), plus residual."""
     num_tokens, top_k = experts.shape
     num_experts, size, intermediate = down.shape
     num_pairs = num_tokens * top_k
     if not num_pairs:
-        return torch.empty_like(x)
+        return torch.empty_like(x) if residual is None else residual
     grouping = None if num_pairs <= MAX_LOOSE_PAIRS else group(experts, num_experts)
     gated = torch.empty((num_pairs, intermediate), dtype=x.dtype, device=x.device)
     x = x if x.stride(1) == 1 else x.contiguous()
     _multiply(x, gate_up, gated, experts, grouping, None, top_k, KINDS[activation])
     y = torch.empty((num_pairs, size), dtype=x.dtype, device=x.device)
     _multiply(gated, down, y, experts, grouping, weights, 1, None)
-    return y.view(num_tokens, top_k, size).sum(dim=1)
+    return _combine(y, residual, num_tokens, top_k)
+
+
+def _combine(
+    y: torch.Tensor, residual: torch.Tensor | None, num_tokens: int, top_k: int
+) -> torch.Tensor:
+    """[num_tokens * top_k, size] -> [num_tokens, size]"""
+    size = y.shape[1]
+    out = torch.empty((num_tokens, size), dtype=y.dtype, device=y.device)
+    overlap = launch.overlaps(y)
+    block = min(triton.next_power_of_2(size), 512 if num_tokens <= 32 else 1024)
+    combine_kernel[(num_tokens, triton.cdiv(size, block))](
+        y,
+        y if residual is None else residual.contiguous(),
+        out,
+        top_k,
+        size,
+        HAS_RESIDUAL=residual is not None,
+        BLOCK=block,
+        OVERLAP=overlap,
+        **launch.options(overlap, num_warps=4),
+    )
+    return out
 
 
 def _multiply(
@@ -264,28 +329,34 @@ def _multiply(
     experts: torch.Tensor,
     grouping: tuple[torch.Tensor, torch.Tensor] | None,
     factors: torch.Tensor | None,
-    divisor: int,
+    top_k: int,
     activation: int | None,
+    plan: GroupedPlan | None = None,
 ) -> None:
     """One grouped product; with an activation, of gate and up."""
     num_pairs, out_features = out.shape
     num_experts, _, in_features = weight.shape
-    plan = choose_plan(num_pairs, num_experts, x.element_size(), activation is not None)
+    plan = plan or choose_plan(num_pairs, num_experts, x.element_size(), activation is not None)
     if grouping is None:
         num_tiles, order, starts = num_pairs, experts, experts
     else:
         num_tiles, (order, starts) = num_pairs // plan.block_m + num_experts, grouping
+    tiles = None
+    if plan.block_m >= 64 and launch.copies_tiles(x.device) and in_features % plan.block_k == 0:
+        matrix = weight.view(-1, in_features)
+        tiles = TensorDescriptor.from_tensor(matrix, [plan.block_n, plan.block_k])
     overlap = launch.overlaps(x)
     grouped_kernel[(num_tiles, triton.cdiv(out_features, plan.block_n))](
         x,
         weight,
+        tiles,
         out,
         experts,
         order,
         starts,
         x if factors is None else factors,
         x.stride(0),
-        divisor,
+        top_k,
         num_experts,
         out_features,
         in_features,

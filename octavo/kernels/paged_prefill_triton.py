@@ -33,7 +33,7 @@ class PrefillConfig(NamedTuple):
 
 
 @triton.jit
-def _find_sequence(starts_ptr, num_seqs, tile, BLOCK_Q: tl.constexpr):
+def find_sequence(starts_ptr, num_seqs, tile, BLOCK_Q: tl.constexpr):
     """The sequence that the tile belongs to: the last one whose first tile is not beyond it.
 
     Sequence i's tiles start at (tokens before it) // BLOCK_Q + i: no two overlap, and some are
@@ -125,7 +125,7 @@ def _attend(
     return acc, total, highest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def prefill_kernel(
     query_ptr,  # [num_tokens, num_heads, head_dim] contiguous
     out_ptr,  # as query
@@ -162,7 +162,7 @@ def prefill_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    seq = _find_sequence(starts_ptr, num_seqs, tile, BLOCK_Q)
+    seq = find_sequence(starts_ptr, num_seqs, tile, BLOCK_Q)
     chunk_start = tl.load(starts_ptr + seq)
     query_len = tl.load(starts_ptr + seq + 1) - chunk_start
     first_query = (tile - (chunk_start - tl.load(starts_ptr)) // BLOCK_Q - seq) * BLOCK_Q

@@ -12,6 +12,8 @@ import triton.language as tl
 from octavo.kernels import launch
 from octavo.kernels.qkv import HeadTransform
 
+WIDE = 8, 4  # heads and warps of a program where there are many tokens
+
 
 @triton.jit
 def _head_weight(q_norm_ptr, k_norm_ptr, is_query, dims, stop):
@@ -45,6 +47,7 @@ def qkv_kernel(
     eps,
     HAS_NORM: tl.constexpr,
     ADD_ONE: tl.constexpr,
+    KEEP: tl.constexpr,  # keys also back to qkv; padding's keys and values there become 0
     HEADS: tl.constexpr,  # per program
     HALF: tl.constexpr,  # half, rounded up to a power of two
     TAIL: tl.constexpr,  # head_dim - 2 * half, likewise; 0: there is none
@@ -121,6 +124,11 @@ def qkv_kernel(
     tl.store(k_row + half + dims[None, :], out_second.to(kv_type), mask=to_key)
     tl.store(v_row + dims[None, :], out_first.to(kv_type), mask=to_value)
     tl.store(v_row + half + dims[None, :], out_second.to(kv_type), mask=to_value)
+    if KEEP:
+        is_padding = slot < block_size  # block 0 belongs to nobody
+        to_keep = to_key | (to_value & is_padding)
+        tl.store(source + dims[None, :], tl.where(is_padding, 0.0, out_first), mask=to_keep)
+        tl.store(source + half + dims[None, :], tl.where(is_padding, 0.0, out_second), mask=to_keep)
     if TAIL > 0:
         out_tail = tl.where(is_value[:, None], raw_tail, tail.to(dtype))
         tl.store(query_row + tail_dims[None, :], out_tail, mask=is_query[:, None] & in_tail)
@@ -128,6 +136,9 @@ def qkv_kernel(
         tl.store(k_row + tail_dims[None, :], out_tail.to(kv_type), mask=to_key)
         to_value = is_value[:, None] & in_tail
         tl.store(v_row + tail_dims[None, :], out_tail.to(kv_type), mask=to_value)
+        if KEEP:
+            to_keep = to_key | (to_value & is_padding)
+            tl.store(source + tail_dims[None, :], tl.where(is_padding, 0.0, out_tail), mask=to_keep)
 
 
 def rotate_and_store(
@@ -137,8 +148,12 @@ def rotate_and_store(
     k_cache: torch.Tensor,  # [num_blocks, block_size, num_kv_heads, head_dim]
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,  # [num_tokens] int64
+    *,
+    keep: bool = False,
 ) -> torch.Tensor:  # queries [num_tokens, num_heads, head_dim]
-    """Rotated queries; keys and values go to their slots."""
+    """Rotated queries; keys and values go to their slots. With `keep`, qkv holds the finished keys
+    as well, and zeros for tokens whose slot is in block 0.
+    """
     num_kv_heads, head_dim = k_cache.shape[2:]
     num_tokens, rope, norms = len(qkv), transform.rope, transform.norms
     query = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
@@ -147,7 +162,7 @@ def rotate_and_store(
     overlap = launch.overlaps(qkv)
     half = rope.table.shape[1] // 2
     # Few tokens: two heads per program, for more programs; many: wider ones.
-    heads = 2 if num_tokens <= 16 else 8
+    heads, num_warps = (2, 1) if num_tokens <= 16 else WIDE
     qkv_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads))](
         qkv,
         query,
@@ -171,10 +186,11 @@ def rotate_and_store(
         0.0 if norms is None else norms.eps,
         HAS_NORM=norms is not None,
         ADD_ONE=norms is not None and norms.add_one,
+        KEEP=keep,
         HEADS=heads,
         HALF=triton.next_power_of_2(half),
         TAIL=triton.next_power_of_2(head_dim - 2 * half) if head_dim > 2 * half else 0,
         OVERLAP=overlap,
-        **launch.options(overlap, num_warps=1 if heads == 2 else 4),
+        **launch.options(overlap, num_warps),
     )
     return query

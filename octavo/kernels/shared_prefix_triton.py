@@ -12,7 +12,7 @@ keys that each sequence has to itself, and adds both up.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,7 +22,14 @@ from octavo.kernels import launch
 from octavo.kernels.paged_decode_triton import SharedPart, softcapped
 
 
-@triton.jit
+class SharedConfig(NamedTuple):
+    rows: int  # queries times heads per KV head
+    block_n: int  # keys per iteration
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
 def shared_kernel(
     query_ptr,  # [num_seqs, num_heads, head_dim] contiguous
     k_ptr,  # [num_blocks, block_size, num_kv_heads, head_dim]
@@ -103,6 +110,14 @@ def shared_kernel(
     tl.store(sums + num_seqs * num_heads, total, mask=is_member)
 
 
+def choose_config(row_bytes: int, num_rows: int) -> SharedConfig:
+    """By the bytes of a key, padded, and by how many rows there are."""
+    if row_bytes > 256:
+        return SharedConfig(max(min(32, triton.next_power_of_2(num_rows)), 16), 32, 4, 2)
+    rows = max(min(128, triton.next_power_of_2(num_rows)), 16)
+    return SharedConfig(rows, 64, 8 if rows == 128 else 4, 3)
+
+
 def attend_shared(
     query: torch.Tensor,  # [num_seqs, num_heads, head_dim] contiguous
     k_cache: torch.Tensor,  # [num_blocks, block_size, num_kv_heads, head_dim]
@@ -118,9 +133,8 @@ def attend_shared(
     num_seqs, num_heads, head_dim = query.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     group, dim = num_heads // num_kv_heads, triton.next_power_of_2(head_dim)
-    is_wide = dim * query.element_size() > 256
-    rows = max(min(32 if is_wide else 128, triton.next_power_of_2(num_seqs * group)), 16)
-    rows = max(rows, triton.next_power_of_2(group))
+    config = choose_config(dim * query.element_size(), num_seqs * group)
+    rows = max(config.rows, triton.next_power_of_2(group))
     seqs = rows // group
     num_tiles = triton.cdiv(num_seqs, seqs)
     processors = launch.num_processors(query.device)
@@ -151,11 +165,9 @@ def attend_shared(
         ROWS=rows,
         DIM=dim,
         BLOCK_SIZE=block_size,
-        BLOCK_N=32 if is_wide else 64,
+        BLOCK_N=config.block_n,
         HAS_SOFTCAP=softcap is not None,
         OVERLAP=overlap,
-        **launch.options(
-            overlap, num_warps=8 if rows >= 128 else 4, num_stages=2 if is_wide else 3
-        ),
+        **launch.options(overlap, config.num_warps, config.num_stages),
     )
     return SharedPart(lens, partial, sums, num_splits)

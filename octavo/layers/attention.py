@@ -83,7 +83,7 @@ class SelfAttention(nn.Module):
     def forward_fused(
         self, x: torch.Tensor, norm: RMSNorm, rope: Rope, context: ForwardContext
     ) -> torch.Tensor:
-        """x + forward(norm(x)), for few tokens, in few launches."""
+        """x + forward(norm(x)), in few launches; may be written over x."""
         qkv = self.qkv_proj.forward_around(x, norm.before_product())
         attended = self.attention(qkv, HeadTransform(rope, self.head_norms()), context)
         return self.o_proj.forward_around(attended, Around(residual=x))

@@ -53,7 +53,7 @@ class GatedMLP(nn.Module):
         return self.down_proj(gated)  # type: ignore[no-any-return]
 
     def forward_fused(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
-        """x + forward(norm(x)), for few tokens, in few launches."""
+        """x + forward(norm(x)), in few launches; may be written over x."""
         gate_up = self.gate_up_proj.forward_around(x, norm.before_product())
         return self.down_proj.forward_around(
             gate_up, Around(activation=self.activation, residual=x)

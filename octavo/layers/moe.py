@@ -48,12 +48,15 @@ class MoE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[num_tokens, size] -> [num_tokens, size]"""
-        routing = route(self.gate(x), self.top_k, renormalise=self.renormalise)
-        return run_experts(x, self.gate_up, self.down, routing, self.activation)
+        return self._run(x, None)
 
     def forward_fused(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
-        """x + forward(norm(x)), for few tokens."""
-        return x + self(norm.normalize(x))  # type: ignore[no-any-return]
+        """x + forward(norm(x))."""
+        return self._run(norm.normalize(x), x)
+
+    def _run(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        routing = route(self.gate(x), self.top_k, renormalise=self.renormalise)
+        return run_experts(x, self.gate_up, self.down, routing, self.activation, residual)
 
     def weight_slots(self, prefix: str) -> dict[str, WeightSlot]:
         """`prefix` ends in "mlp", whatever the checkpoint calls it."""

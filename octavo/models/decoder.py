@@ -48,8 +48,8 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None, rope: Rope, context: ForwardContext
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[num_tokens, size] each; x + residual is the layer's input, and so for its result. With
-        few tokens on a GPU the sum is finished where it arises, and there is no residual.
+        """[num_tokens, size] each; x + residual is the layer's input, and so for its result. On a
+        GPU the sum is finished where it arises, in x itself, and there is no residual.
         """
         if residual is None and fuses(x):
             x = self.self_attn.forward_fused(x, self.input_layernorm, rope, context)

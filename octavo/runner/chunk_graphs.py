@@ -2,7 +2,8 @@
 
 All sizes are padded to ladders: the tokens of the step, its decodes, and its chunks. The decodes
 come first, so that they go through the kernel that is made for them; padding among them is empty
-sequences, which that kernel skips. Variants are those of `graphs`.
+sequences, which that kernel skips. Besides the variants of `graphs` there is "fresh", for chunks
+without a context, whose keys need not be looked up.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 
 from octavo.attention.base import AttentionBatch
 from octavo.runner.graphs import Capturer, GraphStep, StepModel, next_size
+from octavo.runner.inputs import is_fresh
 from octavo.runner.rows import DeviceRows, to_device
 from octavo.sched.plan import StepPlan
 
@@ -45,6 +47,7 @@ class StepSize(NamedTuple):
     num_tokens: int
     num_decodes: int
     num_chunks: int
+    is_fresh: bool  # whether its chunks begin their sequences
 
     @property
     def num_seqs(self) -> int:
@@ -101,6 +104,13 @@ class ChunkGraphs:
         self.chunk_ladder = chunk_ladder(rows.scratch)
         self._captured: dict[tuple[StepSize, bool], _Chunks] = {}
 
+    @property
+    def largest(self) -> StepSize:
+        """What needs the most memory."""
+        ladders = self.token_ladder, self.decode_ladder, self.chunk_ladder
+        num_tokens, num_decodes, num_chunks = (ladder[-1] for ladder in ladders)
+        return StepSize(num_tokens, num_decodes, num_chunks, is_fresh=False)
+
     def is_captured(self, size: StepSize) -> bool:
         return (size, True) in self._captured
 
@@ -112,7 +122,7 @@ class ChunkGraphs:
         chunks = next_size(self.chunk_ladder, num_chunks)
         if num_tokens is None or decodes is None or chunks is None:
             return None
-        return StepSize(num_tokens, decodes, chunks)
+        return StepSize(num_tokens, decodes, chunks, is_fresh(plan))
 
     def try_replay(self, plan: StepPlan, *, greedy: bool) -> GraphStep | None:
         """Queue the step; None if it is larger than any graph. Results are of the sampling rows."""
@@ -178,6 +188,7 @@ class ChunkGraphs:
             max_seq_len=self._max_seq_len,
             query_lens=(0,) * size.num_decodes + (size.num_tokens,) * size.num_chunks,
             host_seq_lens=(self._max_seq_len,) * size.num_seqs,
+            is_fresh=size.is_fresh,
         )
         token_ids = torch.where(ids < 0, state.last_token_ids[token_rows], ids)
         hidden = self._model.forward(token_ids, positions, batch)

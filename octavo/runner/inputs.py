@@ -11,6 +11,30 @@ from octavo.attention.base import AttentionBatch
 from octavo.runner.rows import DeviceRows, to_device
 from octavo.sched.plan import StepPlan
 
+# Keys that are copied out of the cache at once, at most: 268 MB in Qwen3 8B, less than the
+# feed-forward layers of a step with as many tokens take.
+_MAX_GATHERED = 65_536
+# Copying a key costs about as much as what so many queries gain by it ...
+_MIN_QUERIES_PER_KEY = 512
+# ... and steps with fewer tokens are rather run as graphs, which cannot copy.
+_MIN_GATHER_TOKENS = 2048
+
+
+def is_fresh(plan: StepPlan) -> bool:
+    """Whether no chunk has a context."""
+    return not plan.starts[plan.num_decodes :].any()
+
+
+def count_gathered(plan: StepPlan) -> int:
+    """How many keys to copy out of the cache before the chunks attend; 0: it does not pay."""
+    if len(plan.token_ids) < _MIN_GATHER_TOKENS or is_fresh(plan):
+        return 0
+    lens = plan.chunk_lens[plan.num_decodes :].astype(np.int64)
+    keys = plan.starts[plan.num_decodes :] + lens
+    num_keys = int(keys.sum())
+    pays = int((lens * keys).sum()) >= _MIN_QUERIES_PER_KEY * num_keys
+    return num_keys if pays and num_keys <= _MAX_GATHERED else 0
+
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
@@ -34,6 +58,9 @@ def build_inputs(plan: StepPlan, rows: DeviceRows, block_size: int) -> StepInput
     seq_index = np.repeat(np.arange(num_seqs), plan.chunk_lens)
     positions = np.arange(num_tokens) - query_starts[seq_index] + plan.starts[seq_index]
     seq_lens = plan.starts + plan.chunk_lens
+    key_starts = np.zeros(num_seqs - num_decodes + 1, np.int64)
+    np.cumsum(seq_lens[num_decodes:], out=key_starts[1:])
+    num_keys = count_gathered(plan)
     pieces = (
         plan.rows,
         plan.rows[seq_index],
@@ -43,6 +70,7 @@ def build_inputs(plan: StepPlan, rows: DeviceRows, block_size: int) -> StepInput
         plan.rows[plan.samples],
         query_starts,
         seq_lens,
+        key_starts,
     )
     packed = to_device(np.concatenate(pieces).astype(np.int64, copy=False), device)
     (
@@ -54,6 +82,7 @@ def build_inputs(plan: StepPlan, rows: DeviceRows, block_size: int) -> StepInput
         sample_rows,
         device_query_starts,
         device_seq_lens,
+        device_key_starts,
     ) = torch.split(packed, [len(piece) for piece in pieces])
     max_seq_len = int(seq_lens.max())
     max_blocks = -(-max_seq_len // block_size)
@@ -68,6 +97,9 @@ def build_inputs(plan: StepPlan, rows: DeviceRows, block_size: int) -> StepInput
         max_seq_len=max_seq_len,
         query_lens=tuple(plan.chunk_lens.tolist()),
         host_seq_lens=tuple(seq_lens.tolist()),
+        is_fresh=is_fresh(plan),
+        key_starts=device_key_starts.to(torch.int32) if num_keys else None,
+        num_keys=num_keys,
     )
     decode_ids = rows.last_token_ids[seq_rows[:num_decodes]]
     return StepInputs(

@@ -26,7 +26,7 @@ from octavo.quant import quantize, stack_layers
 from octavo.runner import memory, prompt_logprobs
 from octavo.runner.chunk_graphs import ChunkGraphs, StepSize
 from octavo.runner.graphs import Capturer, DecodeGraphs, GraphStep, StepModel
-from octavo.runner.inputs import build_inputs
+from octavo.runner.inputs import build_inputs, count_gathered
 from octavo.runner.kv import allocate_kv, block_bytes
 from octavo.runner.prefixes import PrefixFinder
 from octavo.runner.prompt_logprobs import PromptLogprobs
@@ -175,10 +175,7 @@ class ModelRunner:
         if self._uses_graphs:
             decodes, chunks = self._new_graphs()
             decodes.capture(runner.max_num_seqs)
-            size = StepSize(
-                chunks.token_ladder[-1], chunks.decode_ladder[-1], chunks.chunk_ladder[-1]
-            )
-            chunks.capture(size)
+            chunks.capture(chunks.largest)
             del decodes, chunks
         self._platform.synchronize()
         reserve_bytes = max(0, self._platform.memory_peak_bytes() - self._weights_end_bytes)
@@ -215,7 +212,7 @@ class ModelRunner:
                 decodes.capture(size)
         for num_tokens in _FIRST_CHUNKS:
             if num_tokens in chunks.token_ladder:
-                chunks.capture(StepSize(num_tokens, 0, chunks.chunk_ladder[0]))
+                chunks.capture(StepSize(num_tokens, 0, chunks.chunk_ladder[0], is_fresh=True))
         self._platform.synchronize()
         self.report.memory_bytes["graphs"] = self._platform.memory_used_bytes() - used
 
@@ -262,8 +259,9 @@ class ModelRunner:
                 if not decodes.is_captured(size):
                     decodes.capture(size)
                     return True
-            for num_tokens, num_decodes in product(chunks.token_ladder, chunks.decode_ladder):
-                step_size = StepSize(num_tokens, num_decodes, chunks.chunk_ladder[0])
+            ladders = chunks.token_ladder, chunks.decode_ladder, (True, False)
+            for num_tokens, num_decodes, fresh in product(*ladders):
+                step_size = StepSize(num_tokens, num_decodes, chunks.chunk_ladder[0], fresh)
                 if num_decodes < num_tokens and not chunks.is_captured(step_size):
                     chunks.capture(step_size)
                     return True
@@ -303,7 +301,7 @@ class ModelRunner:
         if plan.num_decodes == len(plan.rows):
             prefix = self._prefixes.find(plan.rows)
             return self._decode_graphs.replay(plan.rows, greedy=greedy, prefix=prefix)
-        if self._prompt_logprobs.wants_any(plan.rows):
+        if self._prompt_logprobs.wants_any(plan.rows) or count_gathered(plan):
             return None
         return self._chunk_graphs.try_replay(plan, greedy=greedy)
 

@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.attention import AttentionSpec
 from octavo.kernels import launch
@@ -48,6 +49,8 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
         elif isinstance(value, torch.Tensor):
             kind = POINTERS[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            kind = f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
         elif isinstance(value, float):
             kind = "fp32"
         else:
@@ -135,6 +138,19 @@ def attention() -> None:
             paged_prefill(*rows, **how)
 
 
+def packed() -> None:
+    from octavo.kernels.packed_prefill_triton import gather, packed_prefill
+
+    starts = torch.zeros(3, dtype=torch.int32)
+    for num_heads, head_dim in ((32, 128), (14, 64)):
+        query = torch.empty(64, num_heads, head_dim, dtype=torch.bfloat16)
+        cache = torch.empty(4, 16, 2, head_dim, dtype=torch.bfloat16)
+        keys = gather(cache, cache, torch.zeros(2, 4, dtype=torch.int32), starts, 100)
+        if target_name == "sm_90":  # elsewhere it is not launched
+            where = keys, 0, 2 * head_dim, starts, starts, starts[1:]
+            packed_prefill(query, query, *where, 64, 2, 0.1)
+
+
 def gemv() -> None:
     from octavo.kernels import gemv_triton
     from octavo.kernels.linear import Around
@@ -181,7 +197,7 @@ def moe() -> None:
 
 
 CASES: dict[str, Callable[[], None]] = {
-    case.__name__: case for case in (norm, activation, qkv, attention, gemv, sampling, moe)
+    case.__name__: case for case in (norm, activation, qkv, attention, packed, gemv, sampling, moe)
 }
 
 

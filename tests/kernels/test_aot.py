@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("aot.py")
-CASES = ("norm", "activation", "qkv", "attention", "gemv", "sampling", "moe")
+CASES = ("norm", "activation", "qkv", "attention", "packed", "gemv", "sampling", "moe")
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ def kernels_on(monkeypatch):
         return x.ndim == 2
 
     def fuses(x):
-        return len(x) <= linear.MAX_FUSED_TOKENS
+        return True
 
     monkeypatch.setattr(launch, "takes", takes)
     monkeypatch.setattr(linear, "fuses", fuses)

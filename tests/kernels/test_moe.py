@@ -48,3 +48,20 @@ def test_experts(device, num_tokens, dtype):
     got = moe_triton.run_experts(x, gate_up, down, *routing, "silu")
     tolerance = 1e-5 if dtype == torch.float32 else 5e-3
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+    got = moe_triton.run_experts(x, gate_up, down, *routing, "silu", x.clone())
+    torch.testing.assert_close(got, expected + x, atol=tolerance, rtol=tolerance)
+
+
+def test_experts_whose_weights_come_as_tiles(device, monkeypatch):
+    from octavo.kernels import launch, moe_triton
+
+    plan = moe_triton.GroupedPlan(64, 32, 32, 4, 2)
+    monkeypatch.setattr(launch, "copies_tiles", lambda device: True)
+    monkeypatch.setattr(moe_triton, "choose_plan", lambda *args: plan)
+    x = torch.randn(70, 64, device=device).half()
+    gate_up = torch.randn(3, 2 * 96, 64, device=device).half() / 8
+    down = torch.randn(3, 64, 96, device=device).half() / 10
+    routing = route_torch(torch.randn(70, 3, device=device), 2, renormalise=True)
+    expected = run_experts_torch(x, gate_up, down, Routing(*routing), "silu")
+    got = moe_triton.run_experts(x, gate_up, down, *routing, "silu")
+    torch.testing.assert_close(got, expected, atol=5e-3, rtol=5e-3)
