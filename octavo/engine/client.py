@@ -166,6 +166,11 @@ class Connection:
         await asyncio.to_thread(process.stop)
         raise _cause(message, process.process.returncode)
 
+    @property
+    def is_open(self) -> bool:
+        """False from the moment that the process is seen to end."""
+        return not self._writer.is_closing()
+
     def send(self, message: ToEngine) -> None:
         """Never blocks; what is said to a process that has ended is lost."""
         self._writer.write(encode_frame(message))

@@ -17,7 +17,7 @@ from octavo.kvcache import KVCache
 from octavo.log import get_logger
 from octavo.sched.plan import RowSnapshot, StepPlan, StepResult
 from octavo.sched.scheduler import Scheduler
-from octavo.types import EngineInfo, EngineRequest, Finish, StepOutputs
+from octavo.types import EngineInfo, EngineRequest, StepOutputs
 
 logger = get_logger(__name__)
 
@@ -83,8 +83,10 @@ class EngineCore:
         """Accept a request that `text.prepare` has checked; exactly one `Finish` will follow."""
         self._scheduler.add(request)
 
-    def abort(self, request_ids: Iterable[int]) -> list[Finish]:
-        return self._scheduler.abort(request_ids)
+    def abort(self, request_ids: Iterable[int]) -> StepOutputs:
+        """End requests now; what is left shows in the gauges."""
+        finished = self._scheduler.abort(request_ids)
+        return StepOutputs(finished=finished, stats=self._scheduler.gauges())
 
     def step(self) -> StepOutputs | None:
         """Plan one step and hand it to the device; take in the oldest step if enough are in flight.

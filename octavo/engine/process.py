@@ -36,7 +36,6 @@ from octavo.engine.messages import (
     receive,
 )
 from octavo.errors import OctavoError
-from octavo.types import StepOutputs
 
 if TYPE_CHECKING:
     from octavo.config import EngineConfig
@@ -160,8 +159,7 @@ def serve_steps(mailbox: Mailbox, core: EngineCore, recorder: Recorder | None = 
                 case Add(request):
                     core.add(request)
                 case Abort(request_ids):
-                    if finished := core.abort(request_ids):
-                        mailbox.send(Outputs(StepOutputs(finished=finished)))
+                    mailbox.send(Outputs(core.abort(request_ids)))
                 case Shutdown() | None:
                     return
                 case _:

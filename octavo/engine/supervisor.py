@@ -252,7 +252,7 @@ class Supervisor:
 
     def _admit(self) -> None:
         """Send the engine what it may have now."""
-        if self._connection is None:
+        if self._connection is None or not self._connection.is_open:
             return
         for entry in self._journal.admit():
             if entry.request.max_total_len > self._connection.info.max_model_len:

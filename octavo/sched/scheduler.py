@@ -328,7 +328,7 @@ class Scheduler:
         if not self._stats.expired:
             return None
         expired, self._stats.expired = self._stats.expired, []
-        return StepOutputs(finished=expired, stats=self._gauges())
+        return StepOutputs(finished=expired, stats=self.gauges())
 
     def drop(self, plan: StepPlan) -> None:
         """Forget a step that failed or was cut short. The caller must abort the requests that were
@@ -447,7 +447,7 @@ class Scheduler:
                 prompt_logprobs[request.spec.request_id] = fresh
         return logprobs, prompt_logprobs
 
-    def _gauges(self) -> StepStats:
+    def gauges(self) -> StepStats:
         return StepStats(
             num_running=self._rows.num_used,
             num_waiting=len(self._waiting),
@@ -457,7 +457,7 @@ class Scheduler:
     def _take_stats(self, step_s: float) -> StepStats:
         delta, self._stats = self._stats, StatsDelta()
         return dataclasses.replace(
-            self._gauges(),
+            self.gauges(),
             num_batched_tokens=delta.num_batched_tokens,
             num_prompt_tokens=delta.num_prompt_tokens,
             num_prefix_queries=delta.num_prefix_queries,

@@ -162,7 +162,7 @@ def test_one_step_is_in_flight_when_scheduling_ahead() -> None:
     outputs = core.step()
     assert outputs is not None
     assert outputs.request_ids == [1]
-    assert [finish.reason for finish in core.abort([1])] == ["abort"]
+    assert [finish.reason for finish in core.abort([1]).finished] == ["abort"]
     assert core.has_work  # the step that is still out
     late = core.step()
     assert late is not None
@@ -220,3 +220,15 @@ def test_a_step_that_fails_while_it_is_waited_for_is_gone_too() -> None:
     run(core)
     core.add(request(2))
     assert run(core)[0][2] == expected_tokens(request(2))[0]
+
+
+def test_the_gauges_do_not_forget_who_is_left_when_one_is_aborted() -> None:
+    core, _ = make()
+    for request_id in (1, 2):
+        core.add(request(request_id, max_tokens=20))
+    for _ in range(3):
+        core.step()
+    left = core.abort([1])
+    assert left.finished == [Finish(1, "abort")]
+    assert (left.stats.num_running, left.stats.num_waiting) == (1, 0)
+    assert left.stats.kv_usage > 0
