@@ -28,6 +28,7 @@ class Answer(ABC):
         self.state = state
         self.request = request
         self.generation = generation
+        http.state.live_request.generation = generation
         self.id = f"{self.id_prefix}-{request.request_id or http.state.request_id}"
         self.created = int(time.time())
         self.model = state.check_model(request.model)

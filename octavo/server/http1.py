@@ -1,4 +1,4 @@
-"""HTTP/1.1 with a bounded head, below ASGI."""
+"""HTTP/1.1 with bounds, below ASGI; and what a drain asks of a connection."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from octavo.config.server import ServerConfig
 from octavo.server.errors import ApiError, ErrorBody
-from octavo.server.gate import header_too_large
+from octavo.server.gate import SECURITY_HEADERS, header_too_large
 
 _LINGER_S = 1.0
+# Connections over the bound, on which probes alone are answered: a flood must not look like a
+# server that is dead. Over these, too, connections are cut.
+_SURPLUS_CONNECTIONS = 64
+_STANDING = b"".join(b"%s: %s\r\n" % pair for pair in SECURITY_HEADERS)
 
 
-def bounded_protocol(config: ServerConfig) -> type[HttpToolsProtocol]:
-    """A protocol class with the bounds of `config`, as uvicorn wants it: it makes the instances."""
+def bounded_protocol(config: ServerConfig) -> type[BoundedProtocol]:
+    """A protocol class with the bounds of `config`."""
     bounds = {
+        "max_connections": config.max_connections,
         "max_header_bytes": config.max_header_bytes,
         "read_timeout_s": config.read_timeout_s,
     }
@@ -26,10 +31,15 @@ def bounded_protocol(config: ServerConfig) -> type[HttpToolsProtocol]:
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with bounds that it lacks: bytes of the head, and time to send it."""
+    """uvicorn's HTTP/1.1 with bounds that it lacks: connections, bytes of the head, and time to
+    send it.
+    """
 
+    max_connections: int
     max_header_bytes: int
     read_timeout_s: float
+    _is_surplus = False
+    _has_begun = False  # a first message
     _in_head = True
     _head_began = False
     _head_bytes = 0
@@ -38,10 +48,17 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        num_surplus = len(self.connections) - self.max_connections
+        self._is_surplus = num_surplus > 0
+        if num_surplus > _SURPLUS_CONNECTIONS:
+            transport.abort()
         self._start_head()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._has_begun = True
+        if self._is_surplus:
+            self.scope["state"]["is_surplus"] = True
         if not self._in_head:
             self._start_head()
 
@@ -68,6 +85,20 @@ class BoundedProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         self._refuse(ApiError(400, f"{msg} Send HTTP/1.1.", "invalid_http"))
 
+    @property
+    def is_idle(self) -> bool:
+        """No request is being received or answered, and no answer waits to be sent."""
+        is_answered = self.cycle is None or self.cycle.response_complete
+        has_sent = self.transport.get_write_buffer_size() == 0
+        return is_answered and has_sent and not (self._in_head and self._has_begun)
+
+    def close_after_answer(self) -> None:
+        """Make an answer whose headers are out the connection's last; the headers of later ones
+        say so themselves.
+        """
+        if self.cycle is not None and self.cycle.response_started and not self.pipeline:
+            self.cycle.keep_alive = False
+
     def _start_head(self) -> None:
         self._in_head, self._head_began, self._head_bytes = True, True, 0
         self._stop_timer()
@@ -88,7 +119,7 @@ class BoundedProtocol(HttpToolsProtocol):
         head = (
             f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\n"
             f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            "connection: close\r\n\r\n"
+            f"connection: close\r\n{_STANDING.decode()}\r\n"
         )
         self._refused = True
         self._stop_timer()

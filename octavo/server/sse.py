@@ -18,7 +18,6 @@ DONE = b"data: [DONE]\n\n"
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx: pass chunks on at once
 ]
 

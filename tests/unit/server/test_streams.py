@@ -127,7 +127,7 @@ def test_unexpected_error_tells_only_its_request_id(server, http, caplog, monkey
 
 
 def test_shutdown_lets_requests_finish_and_cuts_the_rest(start_server):
-    server = start_server(shutdown_timeout_s=0.5)
+    server = start_server(drain_timeout_s=0.5)
     server.says("z" * 200)
     server.engine.step_s = 0.02
     text, begun = "", time.monotonic()
