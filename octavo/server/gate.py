@@ -89,6 +89,7 @@ class Gate:
             key = self._identify(headers)
             if key is not None and not key.is_expired:
                 scope["state"] |= {"key": key, "client": key.name}
+                scope["state"]["live_request"].client = key.name
             elif not is_open:
                 raise _invalid_key(key)
         elif scope["method"] not in ("GET", "HEAD", "OPTIONS"):

@@ -14,6 +14,7 @@ from octavo.server.errors import ApiError, ErrorBody
 from octavo.server.gate import SECURITY_HEADERS, header_too_large
 
 _LINGER_S = 1.0
+_FIRST_REQUEST_S = 1.0  # who connects is about to send something, if not at once
 # Connections over the bound, on which probes alone are answered: a flood must not look like a
 # server that is dead. Over these, too, connections are cut.
 _SURPLUS_CONNECTIONS = 64
@@ -40,6 +41,7 @@ class BoundedProtocol(HttpToolsProtocol):
     read_timeout_s: float
     _is_surplus = False
     _has_begun = False  # a first message
+    _connected_s = 0.0
     _in_head = True
     _head_began = False
     _head_bytes = 0
@@ -48,6 +50,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._connected_s = self.loop.time()
         num_surplus = len(self.connections) - self.max_connections
         self._is_surplus = num_surplus > 0
         if num_surplus > _SURPLUS_CONNECTIONS:
@@ -87,17 +90,14 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def is_idle(self) -> bool:
-        """No request is being received or answered, and no answer waits to be sent."""
+        """No request is being received or answered, or to be expected at once, and no answer waits
+        to be sent.
+        """
+        if not self._has_begun:
+            return self.loop.time() - self._connected_s > _FIRST_REQUEST_S
         is_answered = self.cycle is None or self.cycle.response_complete
         has_sent = self.transport.get_write_buffer_size() == 0
-        return is_answered and has_sent and not (self._in_head and self._has_begun)
-
-    def close_after_answer(self) -> None:
-        """Make an answer whose headers are out the connection's last; the headers of later ones
-        say so themselves.
-        """
-        if self.cycle is not None and self.cycle.response_started and not self.pipeline:
-            self.cycle.keep_alive = False
+        return is_answered and has_sent and not self._in_head
 
     def _start_head(self) -> None:
         self._in_head, self._head_began, self._head_bytes = True, True, 0

@@ -2,13 +2,14 @@
 
 uvicorn's `Server` closes idle connections the moment it is asked to stop, drops those that it has
 not accepted yet, and dies by the signal that it has just handled well. A balancer in front loses
-requests by each of the first two, and a supervisor sees a failure in the third.
+requests by each of the first two, and a supervisor sees a failure in the third. asyncio's own
+`Server` forgets a connection that it accepts just before it is closed; so accept() is called here.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import errno
 import resource
 import socket
 import ssl
@@ -29,7 +30,9 @@ logger = get_logger(__name__)
 _BACKLOG = 2048
 _SPARE_FILES = 256  # beside one per connection
 _POLL_S = 0.02
-_HANDSHAKE_S = 1.0
+_OUT_OF_FILES_S = 1.0  # until accept() is tried again
+_OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_WELCOME_S = 1.0
 _FLUSH_S = 3.0  # for the last bytes and TLS's goodbye
 
 
@@ -80,7 +83,9 @@ class Listener:
         self, front: Front, config: ServerConfig, sock: socket.socket, tls: ssl.SSLContext | None
     ) -> None:
         self._sock = sock
+        self._is_open = False
         self._tls = tls
+        self._handshake_s = config.read_timeout_s
         self._protocol_class = bounded_protocol(config)
         self._uvicorn = uvicorn.Config(
             front,
@@ -98,7 +103,7 @@ class Listener:
         )
         self._uvicorn.load()
         self._state = UvicornState()
-        self._server: asyncio.Server | None = None
+        self._welcomes: set[asyncio.Task[None]] = set()
         self._clock: asyncio.Task[None] | None = None
 
     @property
@@ -116,43 +121,61 @@ class Listener:
     def _protocol(self) -> BoundedProtocol:
         return self._protocol_class(self._uvicorn, self._state, app_state={})
 
-    async def open(self) -> None:
+    def open(self) -> None:
         self._clock = asyncio.create_task(self._keep_date())
-        self._server = await asyncio.get_running_loop().create_server(
-            self._protocol, sock=self._sock, ssl=self._tls, backlog=_BACKLOG
-        )
+        self._is_open = True
+        self._listen()
+
+    def _listen(self) -> None:
+        if self._is_open:
+            asyncio.get_running_loop().add_reader(self._sock, self._accept)
+
+    def _accept(self) -> None:
+        """Take every connection that the kernel has completed."""
+        while True:
+            try:
+                sock, _ = self._sock.accept()
+            except BlockingIOError:
+                return
+            except OSError as exc:
+                if exc.errno not in _OUT_OF_FILES:
+                    continue  # it broke off before it was taken
+                logger.error("cannot take connections for a moment: %s", exc.strerror)
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(self._sock)
+                loop.call_later(_OUT_OF_FILES_S, self._listen)
+                return
+            sock.setblocking(False)
+            task = asyncio.create_task(self._welcome(sock))
+            self._welcomes.add(task)
+            task.add_done_callback(self._welcomes.discard)
+
+    async def _welcome(self, sock: socket.socket) -> None:
+        loop, handshake_s = asyncio.get_running_loop(), self._handshake_s if self._tls else None
+        try:
+            await loop.connect_accepted_socket(
+                self._protocol, sock, ssl=self._tls, ssl_handshake_timeout=handshake_s
+            )
+        except (OSError, TimeoutError) as exc:
+            logger.debug("a connection failed before its first request: %s", exc)
 
     async def _keep_date(self) -> None:
         while True:
             self._state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
             await asyncio.sleep(1.0)
 
-    def close_after_answers(self) -> None:
-        """Answers under way are the last on their connections."""
-        for connection in self._connections():
-            connection.close_after_answer()
-
     async def stop_listening(self) -> None:
         """From now on connecting is refused. Connections that the kernel has completed are taken
         first: it would reset them, with the requests that they carry.
         """
-        if self._server is None:
+        if not self._is_open:
             return
-        loop, waiting = asyncio.get_running_loop(), []
-        with contextlib.suppress(OSError):  # BlockingIOError: that was the last one
-            while True:
-                waiting.append(self._sock.accept()[0])
-        self._server.close()
+        self._is_open = False
+        self._accept()
+        asyncio.get_running_loop().remove_reader(self._sock)
         self._sock.close()
-        self._server = None
-        for sock in waiting:
-            sock.setblocking(False)
-        accepted = [
-            asyncio.create_task(loop.connect_accepted_socket(self._protocol, sock, ssl=self._tls))
-            for sock in waiting
-        ]
-        if accepted:
-            await asyncio.wait(accepted, timeout=_HANDSHAKE_S)
+        if self._welcomes:
+            await asyncio.wait(self._welcomes, timeout=_WELCOME_S)
         await asyncio.sleep(_POLL_S)  # what they sent is read before anybody asks `is_busy`
 
     async def close(self) -> None:
@@ -160,7 +183,7 @@ class Listener:
         await self.stop_listening()
         if self._clock is not None:
             self._clock.cancel()
-        for task in self._state.tasks:
+        for task in self._state.tasks | self._welcomes:
             task.cancel()
         for connection in self._connections():
             connection.transport.close()

@@ -133,7 +133,7 @@ async def serve(
     try:
         with _signals(stop, doors):
             for listener in listeners:
-                await listener.open()
+                listener.open()
             state = await _unless(stop.asked, start(starting))
             if state is None:
                 return 0
@@ -220,7 +220,6 @@ async def _drain(state: ServerState, stop: Stop, public: Listener) -> int:
         len(state.live_requests),
         config.drain_timeout_s,
     )
-    public.close_after_answers()
     if stop.with_grace:
         with contextlib.suppress(TimeoutError):
             grace_s = min(config.drain_grace_s, config.drain_timeout_s)

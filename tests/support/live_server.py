@@ -38,9 +38,9 @@ class LiveServer:
     """`engine` and `state` belong to the server's thread; tests read them and set plain fields."""
 
     def __init__(self, **options: object) -> None:
-        self.config = ServerConfig.from_options(port=0, **options)
+        self.config = ServerConfig.from_options(**{"port": 0} | options)
         self.doors = run.Doors.open(self.config)
-        self.url = self.doors.url
+        self.url, self.admin_url = self.doors.url, self.doors.admin_url
         self.engine: FakeEngine
         self.state: ServerState
         self.num_cut: int | None = None  # known when it has ended
@@ -71,6 +71,12 @@ class LiveServer:
             self.ask_to_stop()
         self._thread.join(20)
         assert not self._thread.is_alive()
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Do `work` in the server's thread; returns when it is done."""
+        done = threading.Event()
+        self._loop.call_soon_threadsafe(lambda: (work(), done.set()))
+        assert done.wait(10)
 
     def ask_to_stop(self, *, with_grace: bool = False) -> None:
         self._loop.call_soon_threadsafe(lambda: self.stop.ask(with_grace=with_grace))
