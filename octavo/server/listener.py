@@ -85,7 +85,7 @@ class Listener:
         self._sock = sock
         self._is_open = False
         self._tls = tls
-        self._handshake_s = config.read_timeout_s
+        self._handshake_s = config.read_timeout_s or None
         self._protocol_class = bounded_protocol(config)
         self._uvicorn = uvicorn.Config(
             front,
