@@ -26,6 +26,7 @@ VARIABLES: dict[str, Variable] = {
         ),
         Variable("OCTAVO_LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR"),
         Variable("OCTAVO_API_KEY", "", "API key that the server asks for; --api-key wins"),
+        Variable("OCTAVO_SSL_KEYFILE_PASSWORD", "", "opens the file of --ssl-keyfile"),
         Variable("XDG_CACHE_HOME", "", "the user's cache folder, as the XDG standard has it"),
         Variable("HF_TOKEN", "", "read by huggingface-hub: token for gated models"),
         Variable("HF_HOME", "", "read by huggingface-hub: where downloads are kept"),

@@ -1,5 +1,5 @@
 """Command-line flags and YAML files from option dataclasses: `max_model_len` becomes
-`--max-model-len`.
+`--max-model-len`, and `drain_timeout_s`, as times are in seconds, `--drain-timeout`.
 
 A flag that was not given is absent from the namespace, so that three layers can be told apart: the
 command line wins over the --config file, which wins over the defaults.
@@ -45,7 +45,12 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Any], *skip: str) -> 
             settings["metavar"] = {"int": "N", "float": "X"}.get(names[0], "TEXT")
             if choices := field.metadata["choices"]:
                 settings |= {"choices": choices, "metavar": None}
-        group.add_argument(f"--{field.name.replace('_', '-')}", **settings)
+        group.add_argument(f"--{flag_name(field.name)}", **settings)
+
+
+def flag_name(field_name: str) -> str:
+    """How users write the option, on the command line and in YAML."""
+    return field_name.removesuffix("_s").replace("_", "-")
 
 
 def _help(field: dataclasses.Field[Any]) -> str:
@@ -102,14 +107,16 @@ def _read_config(path: Path | None, classes: Iterable[type[Any]]) -> dict[str, A
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of options, not a {type(content).__name__}.")
-    options = {str(name).replace("-", "_"): value for name, value in content.items()}
-    known = {field.name: field for cls in classes for field in dataclasses.fields(cls)}
+    options = {str(name).replace("_", "-"): value for name, value in content.items()}
+    known = {flag_name(field.name): field for cls in classes for field in dataclasses.fields(cls)}
     if unknown := sorted(set(options) - known.keys()):
         raise ConfigError(
             f"{path} has unknown options: {', '.join(unknown)}. Known: {', '.join(sorted(known))}."
         )
     try:
-        return {name: _yaml_value(known[name], value) for name, value in options.items()}
+        return {
+            known[name].name: _yaml_value(known[name], value) for name, value in options.items()
+        }
     except argparse.ArgumentTypeError as error:
         raise ConfigError(f"{path}: {error}.") from error
 

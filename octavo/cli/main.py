@@ -28,6 +28,7 @@ COMMANDS = {
     "generate": "complete a prompt",
     "pull": "fetch a model ahead of its first use",
     "models": "list the models that are built in or already here",
+    "keys": "make API keys for a server",
     "bench": "measure speed, offline or against a server",
     "replay": "run the last steps of a dead engine again",
     "doctor": "show what this machine has and what Octavo would choose",

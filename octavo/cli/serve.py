@@ -13,6 +13,8 @@ from octavo.config.server import ServerConfig
 from octavo.engine.client import EngineProcess
 from octavo.errors import ConfigError
 
+CUT_OFF = 3  # exit status: the server ended in order, but requests did not
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -34,15 +36,15 @@ def run(namespace: argparse.Namespace) -> int:
     # First of all, as it imports torch while this process prepares its own side.
     process = EngineProcess(config.crash_folder)
     try:
-        asyncio.run(_serve(process, args, config, start_s))
+        num_cut = asyncio.run(_serve(process, args, config, start_s))
     finally:
         process.stop()
-    return 0
+    return CUT_OFF if num_cut else 0
 
 
 async def _serve(
     process: EngineProcess, args: EngineArgs, config: ServerConfig, start_s: float
-) -> None:
+) -> int:
     try:
         from octavo.server.launch import run_server
     except ModuleNotFoundError as error:
@@ -54,4 +56,4 @@ async def _serve(
         seconds = time.monotonic() - start_s
         print(f"octavo: {name} is ready on {url}/v1 after {seconds:.1f} s", file=sys.stderr)
 
-    await run_server(process, args, config, announce)
+    return await run_server(process, args, config, announce)

@@ -13,8 +13,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
+
+import msgspec
 
 from octavo import errors
 from octavo.checkpoint import Checkpoint
@@ -44,6 +47,14 @@ _SHUTDOWN_S = 5.0
 _START_PING_S = 2.0
 _START_SILENCE_S = 60.0  # imports from a cold disk hold up even the thread that answers
 _DUMP_S = 0.5  # that an engine has to write its stacks before it is killed
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """The end of an engine process."""
+
+    cause: str
+    in_flight: set[int]  # ids of the requests in its last steps; empty if that is not known
 
 
 class EngineProcess:
@@ -90,9 +101,9 @@ class EngineProcess:
         self.process.wait()
         self._release()
 
-    def bury(self, cause: Callable[[int | None], str]) -> str:
-        """See the child to its end, which has begun, and dump its last steps; returns the cause,
-        made from its exit status.
+    def bury(self, cause: Callable[[int | None], str]) -> Death:
+        """See the child to its end, which has begun, and dump its last steps. `cause` makes words
+        of the exit status.
         """
         self.sock.close()
         try:
@@ -101,16 +112,25 @@ class EngineProcess:
             self.process.kill()
             self.process.wait()
         words = cause(self.process.returncode)
-        if self._tape is not None and self._crash_dir is not None:
-            try:
-                path = self._tape.dump(self._crash_dir, words)
-            except OSError as error:
-                logger.warning("no flight recording of the dead engine: %s", error)
-            else:
-                if path is not None:
-                    logger.error("its last steps are in %s; see `octavo replay`", path)
+        in_flight = self._dump(words)
         self._release()
-        return words
+        return Death(words, in_flight)
+
+    def _dump(self, cause: str) -> set[int]:
+        if self._tape is None or self._crash_dir is None:
+            return set()
+        try:
+            path = self._tape.dump(self._crash_dir, cause)
+        except OSError as error:
+            logger.warning("no flight recording of the dead engine: %s", error)
+        else:
+            if path is not None:
+                logger.error("the engine's last steps are in %s; see `octavo replay`", path)
+        try:
+            return self._tape.in_flight()
+        except (msgspec.MsgspecError, KeyError) as error:  # it may have died of bad memory
+            logger.warning("the flight recording makes no sense: %s", error)
+            return set()
 
     def _release(self) -> None:
         self.sock.close()
@@ -175,8 +195,8 @@ class Connection:
         """Never blocks; what is said to a process that has ended is lost."""
         self._writer.write(encode_frame(message))
 
-    async def listen(self, take: Callable[[ToServer], None]) -> str:
-        """Hand every message to `take` until the process ends; returns the cause of that."""
+    async def listen(self, take: Callable[[ToServer], None]) -> Death:
+        """Hand every message to `take` until the process ends."""
         message: ToServer | None = None
         nonsense: str | None = None
         try:

@@ -1,10 +1,10 @@
 """The journal of live requests: what each asked for and what it has received, and with that the
 means to go on in another engine process when one has died.
 
-Which requests go on, and when, is decided here, too. A death may be a request's own doing, so after
-two of them without progress the requests that were there both times are tried in halves, each after
-the one before it has got past the point where the engine died. The half that kills is halved again
-until one request is left, and dies alone.
+Which requests go on, and when, is decided here, too. A death may be the doing of a request in the
+steps that did not end. After two of them without progress, those that were there both times are
+tried in halves, each after the one before it has got past the point where the engine died. The half
+that kills is halved again until one request is left, and is alone in the step that kills.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import asyncio
 import dataclasses
 from array import array
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Set
 
 from octavo.types import EngineRequest, Finish, RequestUpdate, StepOutputs
 
@@ -79,10 +79,9 @@ class Entry:
         return dataclasses.replace(self.request, output_token_ids=tuple(self.token_ids))
 
     def die(self) -> None:
-        """The engine it was in has died."""
+        """The engine has died in a step that it was in."""
         self.num_deaths = 1 if self.is_past else self.num_deaths + 1
         self.num_known = len(self.token_ids)
-        self.in_engine = False
 
 
 class Journal:
@@ -164,32 +163,38 @@ class Journal:
         if (entry := self._entries.pop(finish.request_id, None)) is not None:
             entry.put().finish = finish
 
-    def bury(self) -> Entry | None:
+    def bury(self, in_flight: Set[int]) -> Entry | None:
         """The engine has died. Its requests wait for `admit`, suspects in halves; the one that is
         found to have killed it is returned instead, for the caller to finish.
+
+        Args:
+            in_flight: ids of the requests in the steps that did not end. No other can have killed
+                it; empty if that is not known.
         """
         for entry in self:
             if entry.in_engine and entry.is_ending:
                 self.finish(Finish(entry.request.request_id, "abort"))
         dead = [entry for entry in self if entry.in_engine]
+        blamed = [e for e in dead if e.request.request_id in in_flight] or dead
         for entry in dead:
+            entry.in_engine = False
+        for entry in blamed:
             entry.die()
-        suspects = [entry for entry in dead if entry.num_deaths >= _SUSPECT]
-        others = [entry for entry in dead if entry.num_deaths < _SUSPECT]
+        suspects = [entry for entry in blamed if entry.num_deaths >= _SUSPECT]
         self._on_trial = []
-        if suspects and len(dead) == 1:
+        if suspects and len(blamed) == 1:
             [killer] = suspects
+            self._hold([entry for entry in dead if entry is not killer])
             return killer
+        others = [entry for entry in dead if entry not in suspects]
         middle = (len(suspects) + 1) // 2
         # Those that had got on come last: a suspect that is left alone with a death has caused it.
-        groups = [suspects[:middle], suspects[middle:], others]
-        self._groups.extendleft(group for group in reversed(groups) if group)
+        self._hold(suspects[:middle], suspects[middle:], others)
         return None
+
+    def _hold(self, *groups: list[Entry]) -> None:
+        """Before all who wait already."""
+        self._groups.extendleft(group for group in reversed(groups) if group)
 
     def _is_live(self, entry: Entry) -> bool:
         return self._entries.get(entry.request.request_id) is entry
-
-
-def requests_of(entries: Sequence[Entry]) -> list[EngineRequest]:
-    """What to send an engine for each of them."""
-    return [entry.enter() for entry in entries]

@@ -26,6 +26,7 @@ from octavo.types import EngineCounts, EngineRequest, Finish, StepOutputs, StepS
 
 logger = get_logger(__name__)
 
+SPARE_AFTER_S = 5.0  # by then the first requests have been answered
 _TICK_S = 0.5
 _ASLEEP_S = 3.0  # a tick that came so late was held up with all of this process
 _PING_AFTER_S = 1.5  # of silence
@@ -41,7 +42,7 @@ class Patience:
     step_s: float = 60.0  # for a step, with requests to work on
     silence_s: float = 10.0  # for the answer to a ping
     max_restarts: int = 10  # in a row, without progress between them
-    spare_after_s: float | None = 5.0  # until the next process is made; None: when it is needed
+    spare_after_s: float | None = SPARE_AFTER_S  # until the next process is made; None: never
 
 
 class Supervisor:
@@ -105,7 +106,7 @@ class Supervisor:
         """Why no request moves at this moment; None while all is well."""
         if self._death is not None:
             return "the engine is not running"
-        if self._connection is None:
+        if self._connection is None or not self._connection.is_open:
             return f"the engine is being restarted: {self._cause}"
         still_s = time.monotonic() - self.last_progress_s
         if still_s > max(self._patience.silence_s, self._slowest_step_s):
@@ -173,11 +174,12 @@ class Supervisor:
     async def _supervise(self, connection: Connection) -> None:
         try:
             while True:
-                self._cause = await connection.listen(self._take)
+                death = await connection.listen(self._take)
+                self._cause = death.cause
                 self._connection = None
                 died_s = time.monotonic()
                 logger.error("the engine has ended: %s", self._cause)
-                self._bury()
+                self._bury(death.in_flight)
                 successor = await self._restart()
                 if successor is None:
                     break
@@ -202,10 +204,10 @@ class Supervisor:
         self._heard_s = self._progress_s = time.monotonic()
         self._ping_s: float | None = None  # when a ping was sent that is not answered yet
 
-    def _bury(self) -> None:
+    def _bury(self, in_flight: set[int]) -> None:
         """Settle what a death means for the requests that were there."""
         self._num_failures += 1
-        if (killer := self._journal.bury()) is not None:
+        if (killer := self._journal.bury(in_flight)) is not None:
             self.counts.num_isolated += 1
             request_id = killer.request.request_id
             logger.error("request %d has ended the engine twice and is given up", request_id)

@@ -21,8 +21,41 @@ _MAX_DUMPS = 10
 _SUFFIX = ".flight"
 _LENGTH = struct.Struct("!I")
 _SERIAL = struct.Struct("!Q")
+_INT32 = struct.Struct("<i")
 _SETTING_OUT = 2  # frames that every file has; the third is a step
 _encoder = msgspec.msgpack.Encoder()
+
+
+class _Request(msgspec.Struct):
+    request_id: int
+
+
+class _Tenant(msgspec.Struct):
+    row: int
+    request: _Request
+
+
+class _Start(msgspec.Struct, tag="start"):
+    pass
+
+
+class _Rows(msgspec.Struct, tag="rows"):
+    rows: list[_Tenant]
+
+
+class _Planned(msgspec.Struct, tag="plan"):
+    """As much of a plan as tells who is in it; `recording.Planned` is all of it."""
+
+    step: int
+    arrays: dict[str, bytes]
+    admitted: list[_Tenant]
+
+
+class _Ran(msgspec.Struct, tag="result"):
+    step: int
+
+
+_decoder = msgspec.msgpack.Decoder(_Start | _Rows | _Planned | _Ran)
 
 
 class End(msgspec.Struct, tag="end"):
@@ -71,6 +104,23 @@ class Tape:
         for fd in self.fds:
             os.close(fd)
         self.fds = []
+
+    def in_flight(self) -> set[int]:
+        """Ids of the requests in the steps that had begun and not ended."""
+        parts = sorted(_read(fd) for fd in self.fds)
+        records = [_decoder.decode(frame) for _, part in parts for frame in frames_of(part)]
+        done = {record.step for record in records if isinstance(record, _Ran)}
+        tenants: dict[int, int] = {}  # request ids by row
+        found: set[int] = set()
+        for record in records:
+            if isinstance(record, _Rows):
+                tenants |= {tenant.row: tenant.request.request_id for tenant in record.rows}
+            elif isinstance(record, _Planned):
+                tenants |= {tenant.row: tenant.request.request_id for tenant in record.admitted}
+                if record.step not in done:
+                    rows = record.arrays["rows"]
+                    found.update(tenants[row] for (row,) in _INT32.iter_unpack(rows))
+        return found
 
     def dump(self, folder: Path, cause: str) -> Path | None:
         """Write what is there to a new file in `folder`; None if no step was recorded.

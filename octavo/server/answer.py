@@ -13,6 +13,7 @@ from starlette.requests import Request
 from octavo.server.generation import Choice, Generation
 from octavo.server.requests import GenerateRequest
 from octavo.server.responses import Usage
+from octavo.server.sse import EventStream
 from octavo.server.state import ServerState
 from octavo.text.stream import OutputDelta
 
@@ -28,6 +29,7 @@ class Answer(ABC):
         self.state = state
         self.request = request
         self.generation = generation
+        http.state.live_request.generation = generation
         self.id = f"{self.id_prefix}-{request.request_id or http.state.request_id}"
         self.created = int(time.time())
         self.model = state.check_model(request.model)
@@ -53,6 +55,11 @@ class Answer(ABC):
         first = choice.index not in self._begun
         self._begun.add(choice.index)
         return first
+
+    def stream(self, request_id: str) -> EventStream:
+        """The answer as events, sent as they come."""
+        keep_alive_s = self.state.config.sse_keep_alive_interval_s
+        return EventStream(self.events(), self.state.metrics, request_id, keep_alive_s)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The chunks of a streamed answer, those of one update joined to one write."""

@@ -27,7 +27,7 @@ from octavo.server.responses import (
     Usage,
     json_response,
 )
-from octavo.server.sse import EventStream, event
+from octavo.server.sse import event
 from octavo.server.state import ServerState
 from octavo.text.stream import OutputDelta
 
@@ -42,7 +42,7 @@ async def chat_completions(state: ServerState, http: Request) -> Response:
     generation = Generation(state, [prompt], params, request, arrival)
     answer = ChatAnswer(state, http, request, generation)
     if request.stream:
-        return EventStream(answer.events(), state.metrics, http.state.request_id)
+        return answer.stream(http.state.request_id)
     return json_response(await until_disconnect(http.receive, answer.whole()))
 
 

@@ -29,7 +29,7 @@ from octavo.server.responses import (
     Usage,
     json_response,
 )
-from octavo.server.sse import EventStream, event
+from octavo.server.sse import event
 from octavo.server.state import ServerState
 from octavo.text.stream import OutputDelta, prompt_logprob_entries
 
@@ -46,7 +46,7 @@ async def completions(state: ServerState, http: Request) -> Response:
     generation = Generation(state, prompts, params, request, arrival)
     answer = CompletionAnswer(state, http, request, generation, only_prompt)
     if request.stream:
-        return EventStream(answer.events(), state.metrics, http.state.request_id)
+        return answer.stream(http.state.request_id)
     return json_response(await until_disconnect(http.receive, answer.whole()))
 
 

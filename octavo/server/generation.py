@@ -52,6 +52,7 @@ class Choice:
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    abort_error: ApiError | None = None  # why it was aborted, where that is not the usual reason
     finished: bool = False  # nothing more will be read
     engine_finished: bool = False  # the engine has sent its terminal message
 
@@ -93,7 +94,7 @@ class Choice:
             raise RequestFailedError(finish.message or "The engine failed on this request.")
         if finish.reason == "timeout":
             raise deadline_exceeded()
-        raise ApiError(
+        raise self.abort_error or ApiError(
             503,
             "The server ended this request because it is shutting down; send it again.",
             "aborted",
@@ -195,6 +196,13 @@ class Generation:
         traceback: TracebackType | None,
     ) -> None:
         self._close()
+
+    def abort(self, error: ApiError) -> None:
+        """End it from outside; its client gets `error`."""
+        unfinished = [choice for choice in self.choices if not choice.engine_finished]
+        for choice in unfinished:
+            choice.abort_error = error
+        self._state.engine.abort([choice.request.request_id for choice in unfinished])
 
     def _close(self) -> None:
         submitted = [c for c in self.choices if c.stream is not None]

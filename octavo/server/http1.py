@@ -1,4 +1,4 @@
-"""HTTP/1.1 with a bounded head, below ASGI."""
+"""HTTP/1.1 with bounds, below ASGI; and what a drain asks of a connection."""
 
 from __future__ import annotations
 
@@ -16,16 +16,22 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from octavo.config.server import ServerConfig
 from octavo.log import get_logger
 from octavo.server.errors import ApiError, ErrorBody
-from octavo.server.gate import header_too_large
+from octavo.server.gate import SECURITY_HEADERS, header_too_large
 
 logger = get_logger(__name__)
 
 _LINGER_S = 1.0
+_FIRST_REQUEST_S = 1.0  # who connects is about to send something, if not at once
+# Connections over the bound, on which probes alone are answered: a flood must not look like a
+# server that is dead. Over these, too, connections are cut.
+_SURPLUS_CONNECTIONS = 64
+_STANDING = b"".join(b"%s: %s\r\n" % pair for pair in SECURITY_HEADERS)
 
 
-def bounded_protocol(config: ServerConfig) -> type[HttpToolsProtocol]:
-    """A protocol class with the bounds of `config`, as uvicorn wants it: it makes the instances."""
+def bounded_protocol(config: ServerConfig) -> type[BoundedProtocol]:
+    """A protocol class with the bounds of `config`."""
     bounds = {
+        "max_connections": config.max_connections,
         "max_header_bytes": config.max_header_bytes,
         "read_timeout_s": config.read_timeout_s,
         "write_timeout_s": config.write_timeout_s,
@@ -34,13 +40,17 @@ def bounded_protocol(config: ServerConfig) -> type[HttpToolsProtocol]:
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with bounds that it lacks: bytes of the head, time to send it, time to
-    read the answer.
+    """uvicorn's HTTP/1.1 with bounds that it lacks: connections, bytes of the head, time to send
+    it, time to read the answer.
     """
 
+    max_connections: int
     max_header_bytes: int
     read_timeout_s: float
     write_timeout_s: float  # 0: no limit
+    _is_surplus = False
+    _has_begun = False  # a first message
+    _connected_s = 0.0
     _in_head = True
     _head_began = False
     _head_bytes = 0
@@ -50,10 +60,18 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._connected_s = self.loop.time()
+        num_surplus = len(self.connections) - self.max_connections
+        self._is_surplus = num_surplus > 0
+        if num_surplus > _SURPLUS_CONNECTIONS:
+            transport.abort()
         self._start_head()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._has_begun = True
+        if self._is_surplus:
+            self.scope["state"]["is_surplus"] = True
         if not self._in_head:
             self._start_head()
 
@@ -129,6 +147,17 @@ class BoundedProtocol(HttpToolsProtocol):
             self._write_timer.cancel()
             self._write_timer = None
 
+    @property
+    def is_idle(self) -> bool:
+        """No request is being received or answered, or to be expected at once, and no answer waits
+        to be sent.
+        """
+        if not self._has_begun:
+            return self.loop.time() - self._connected_s > _FIRST_REQUEST_S
+        is_answered = self.cycle is None or self.cycle.response_complete
+        has_sent = self.transport.get_write_buffer_size() == 0
+        return is_answered and has_sent and not self._in_head
+
     def _start_head(self) -> None:
         self._in_head, self._head_began, self._head_bytes = True, True, 0
         self._stop_timer()
@@ -149,7 +178,7 @@ class BoundedProtocol(HttpToolsProtocol):
         head = (
             f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\n"
             f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            "connection: close\r\n\r\n"
+            f"connection: close\r\n{_STANDING.decode()}\r\n"
         )
         self._refused = True
         self._stop_timer()

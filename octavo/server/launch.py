@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Callable
+from typing import TypeVar
 
 from octavo.checkpoint import Checkpoint, locate
 from octavo.config import EngineArgs
 from octavo.config.server import ServerConfig
 from octavo.engine.client import EngineProcess
-from octavo.engine.supervisor import Patience, Supervisor
+from octavo.engine.supervisor import SPARE_AFTER_S, Patience, Supervisor
 from octavo.errors import EngineDeadError
-from octavo.server.app import create_app
-from octavo.server.run import bind, serve
+from octavo.server.run import Doors, Stop, serve
+from octavo.server.starting import Starting
 from octavo.server.state import ServerState, sampling_defaults
 from octavo.text.chat_template import ChatTemplate
 from octavo.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 async def run_server(
@@ -23,8 +28,8 @@ async def run_server(
     args: EngineArgs,
     config: ServerConfig,
     on_ready: Callable[[str, str], None],
-) -> None:
-    """Serve until SIGTERM or SIGINT.
+) -> int:
+    """Serve until SIGTERM or SIGINT; the number of requests that were cut off then.
 
     Args:
         process: a fresh engine process; stopped before this returns.
@@ -33,26 +38,27 @@ async def run_server(
     Raises:
         OctavoError: the address is taken, the model cannot be loaded, the engine has died, ...
     """
-    sock = bind(config)
-    checkpoint = await asyncio.to_thread(
-        locate,
-        args.model,
-        revision=args.revision,
-        download_dir=args.download_dir,
-        tokenizer=args.tokenizer,
-        load_format=args.load_format,
-    )
-    patience = Patience(step_s=config.stall_timeout_s, max_restarts=config.max_engine_restarts)
-    connecting = asyncio.create_task(Supervisor.start(process, args, checkpoint, patience))
-    try:
-        tokenizer, template = await asyncio.to_thread(_open_text, checkpoint)
-    except BaseException:
-        connecting.cancel()
-        raise
-    engine = await connecting
-    try:
+    doors, stop = Doors.open(config), Stop()
+    engine: Supervisor | None = None
+
+    async def start(starting: Starting) -> ServerState:
+        nonlocal engine
+        starting.phase = "finding the model"
+        checkpoint = await _in_daemon_thread(lambda: _locate(args))
+        starting.phase = "loading the model"
+        connecting = asyncio.create_task(
+            Supervisor.start(process, args, checkpoint, _patience(config))
+        )
+        try:
+            tokenizer, template = await asyncio.to_thread(_open_text, checkpoint)
+            engine = await connecting
+        except BaseException:
+            connecting.cancel()
+            raise
+        # Without an engine, and without hope of another, it answers nothing: end.
+        engine.on_death(stop.ask)
         use_model_defaults = config.generation_config == "auto"
-        state = ServerState(
+        return ServerState(
             engine=engine,
             tokenizer=tokenizer,
             chat_template=template,
@@ -61,17 +67,37 @@ async def run_server(
             else {},
             served_model_names=config.served_names(args.model),
             config=config,
+            keys=doors.keys,
         )
-        url = f"http://{config.host}:{sock.getsockname()[1]}"
-        # Without an engine, and without hope of another, it answers nothing: end.
-        ended = asyncio.Event()
-        engine.on_death(ended.set)
-        app = create_app(state)
-        await serve(app, config, sock, lambda: on_ready(state.model_name, url), ended)
-        if engine.death is not None:
+
+    try:
+        url = doors.url
+        num_cut = await serve(start, doors, lambda state: on_ready(state.model_name, url), stop)
+        if engine is not None and engine.death is not None:
             raise EngineDeadError(f"The engine has ended: {engine.death}")
+        return num_cut
     finally:
-        await engine.close()
+        doors.close()
+        if engine is not None:
+            await engine.close()
+
+
+def _locate(args: EngineArgs) -> Checkpoint:
+    return locate(
+        args.model,
+        revision=args.revision,
+        download_dir=args.download_dir,
+        tokenizer=args.tokenizer,
+        load_format=args.load_format,
+    )
+
+
+def _patience(config: ServerConfig) -> Patience:
+    return Patience(
+        step_s=config.stall_timeout_s,
+        max_restarts=config.max_engine_restarts,
+        spare_after_s=SPARE_AFTER_S if config.spare_engine else None,
+    )
 
 
 def _open_text(checkpoint: Checkpoint) -> tuple[Tokenizer | None, ChatTemplate | None]:
@@ -79,3 +105,26 @@ def _open_text(checkpoint: Checkpoint) -> tuple[Tokenizer | None, ChatTemplate |
     bos = tokenizer.bos_token if tokenizer else None
     eos = tokenizer.eos_token if tokenizer else None
     return tokenizer, ChatTemplate.from_checkpoint(checkpoint, bos, eos)
+
+
+async def _in_daemon_thread(work: Callable[[], T]) -> T:
+    """`work()` in a thread that no exit waits for: it may be a download of an hour."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(set_it: Callable[[], None]) -> None:
+        if not future.done():
+            set_it()
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            try:
+                result = work()
+            except Exception as exc:
+                error = exc
+                loop.call_soon_threadsafe(settle, lambda: future.set_exception(error))
+            else:
+                loop.call_soon_threadsafe(settle, lambda: future.set_result(result))
+
+    threading.Thread(target=run, name="locate", daemon=True).start()
+    return await future

@@ -48,6 +48,11 @@ async def health(state: ServerState, http: Request) -> Response:
     return json_response({"status": "ok"})
 
 
+async def startupz(state: ServerState, http: Request) -> Response:
+    """The engine has started; until then another app answers (`starting.py`)."""
+    return json_response({"status": "ok"})
+
+
 async def readyz(state: ServerState, http: Request) -> Response:
     """New requests are welcome, too."""
     _refuse_if("the server is shutting down" if state.draining else state.engine.trouble)

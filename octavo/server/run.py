@@ -1,4 +1,4 @@
-"""Serving the app with uvicorn: the socket, the signals and an orderly end."""
+"""The server's life: it answers at once, starts, serves, and ends in order."""
 
 from __future__ import annotations
 
@@ -7,136 +7,231 @@ import contextlib
 import gc
 import signal
 import socket
-from collections.abc import Callable, Generator
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Generator
+from dataclasses import dataclass
 
-import uvicorn
-from starlette.applications import Starlette
-
-from octavo.config.server import ServerConfig
+from octavo.config.server import ServerConfig, is_loopback
 from octavo.errors import ConfigError
 from octavo.log import get_logger
-from octavo.server.http1 import bounded_protocol
+from octavo.server.app import ADMIN_ROUTES, create_app
+from octavo.server.keys import KeyRing
+from octavo.server.listener import Listener, allow_files, bind
+from octavo.server.starting import Front, Starting
 from octavo.server.state import ServerState
+from octavo.server.tls import load_chain, make_context
 
 logger = get_logger(__name__)
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_BACKLOG = 2048
-_CUTOFF_GRACE_S = 3.0  # for the last error events to reach their clients
+_POLL_S = 0.02
+_CUTOFF_S = 3.0  # for the last error events to reach their clients
 
 
-def bind(config: ServerConfig) -> socket.socket:
-    """A listening socket, so that a taken port is known before any weight is read. The port it
-    got is `sock.getsockname()[1]`.
+@dataclass(slots=True)
+class Doors:
+    """What can be refused before any weight is read: addresses, keys and certificates."""
 
-    Raises:
-        ConfigError: the address cannot be had.
-    """
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off only where the protocol is named, and with it on every
-    # answer takes 40 ms; the listening socket's option holds for what it accepts, too.
-    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((config.host, config.port))
-        sock.listen(_BACKLOG)
-    except OSError as exc:
-        sock.close()
-        raise ConfigError(
-            f"Cannot listen on {config.host}:{config.port}: {exc.strerror}. "
-            "Choose another --host or --port (0 takes a free one)."
-        ) from None
-    return sock
+    config: ServerConfig
+    keys: KeyRing
+    tls: ssl.SSLContext | None
+    sock: socket.socket
+    admin_sock: socket.socket | None
+
+    @classmethod
+    def open(cls, config: ServerConfig) -> Doors:
+        """Raises ConfigError for an address, a key file or a certificate that cannot be used."""
+        keys, tls = KeyRing.from_config(config), make_context(config)
+        sock, admin_sock = bind(config.host, config.port), None
+        if config.admin_port is not None:
+            try:
+                admin_sock = bind(
+                    config.admin_host, config.admin_port, "--admin-host or --admin-port"
+                )
+            except ConfigError:
+                sock.close()
+                raise
+        return cls(config, keys, tls, sock, admin_sock)
+
+    @property
+    def url(self) -> str:
+        return self._url(self.config.host, self.sock)
+
+    @property
+    def admin_url(self) -> str | None:
+        if self.admin_sock is None:
+            return None
+        return self._url(self.config.admin_host, self.admin_sock)
+
+    def _url(self, host: str, sock: socket.socket) -> str:
+        scheme = "https" if self.tls else "http"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+
+    def reload(self) -> None:
+        """Read keys and certificate again; what cannot be used changes nothing."""
+        with self._complaining("API keys"):
+            self.keys.reload()
+        if self.tls is not None:
+            with self._complaining("certificate"):
+                load_chain(self.tls, self.config)
+                logger.info("the certificate has been read again")
+
+    @contextlib.contextmanager
+    def _complaining(self, what: str) -> Generator[None, None, None]:
+        try:
+            yield
+        except ConfigError as exc:
+            logger.error("no change of %s: %s", what, exc)
+
+    def close(self) -> None:
+        self.sock.close()
+        if self.admin_sock is not None:
+            self.admin_sock.close()
+
+
+class Stop:
+    """How the server is told to end: once for in order, twice for now."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.forced = asyncio.Event()
+        self.with_grace = False
+
+    def ask(self, *, with_grace: bool = False) -> None:
+        """`with_grace` lets balancers notice before connections are refused."""
+        if self.asked.is_set():
+            self.forced.set()
+        else:
+            self.with_grace = with_grace
+            self.asked.set()
+
+    def drain(self) -> None:
+        """Ask with grace; asking again changes nothing."""
+        if not self.asked.is_set():
+            self.ask(with_grace=True)
 
 
 async def serve(
-    app: Starlette,
-    config: ServerConfig,
-    sock: socket.socket,
-    on_started: Callable[[], None] | None = None,
-    stop: asyncio.Event | None = None,
-) -> None:
-    """Answer requests on `sock` until SIGTERM, SIGINT or `stop`, then end in order and return.
+    start: Callable[[Starting], Awaitable[ServerState]],
+    doors: Doors,
+    on_ready: Callable[[ServerState], None] | None = None,
+    stop: Stop | None = None,
+) -> int:
+    """Answer requests until SIGTERM, SIGINT or `stop`, then drain; the number of requests that
+    were cut off.
 
-    On the first of them: no new connections; running requests have `shutdown_timeout_s` to finish,
-    after which they are aborted and their clients told so. A second SIGINT ends at once.
+    `start` makes the state with a running engine; what it raises is raised here, too. Until it is
+    done, `Starting` answers. A stop that is asked for meanwhile cancels it.
     """
-    state: ServerState = app.state.octavo
-    server = _Server(_uvicorn_config(app, config), state, stop)
-    host, port = sock.getsockname()[:2]
-    if config.api_key is None and host not in ("127.0.0.1", "::1"):
-        logger.warning("listening on %s without --api-key: anybody who reaches it can use it", host)
-    logger.info("serving %s on http://%s:%d", state.model_name, host, port)
-    gc.collect()
-    gc.freeze()  # what start-up made lives on: later collections need not look at it
-    if on_started is not None:
-        on_started()
+    stop = stop or Stop()
+    starting = Starting()
+    front, admin_front = Front(starting), Front(starting)
+    listeners = [public := Listener(front, doors.config, doors.sock, doors.tls)]
+    if doors.admin_sock is not None:
+        listeners.append(Listener(admin_front, doors.config, doors.admin_sock, doors.tls))
+    _announce(doors)
     try:
-        await server.serve(sockets=[sock])
-    finally:
-        state.close()
-
-
-def _uvicorn_config(app: Starlette, config: ServerConfig) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        loop="none",  # the caller's loop runs already
-        http=bounded_protocol(config),
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level="warning",
-        access_log=False,  # the Gate has its own
-        server_header=False,
-        proxy_headers=False,
-        backlog=_BACKLOG,
-        timeout_keep_alive=max(int(config.keep_alive_s), 1),
-        timeout_graceful_shutdown=int(config.shutdown_timeout_s + _CUTOFF_GRACE_S) + 1,
-    )
-
-
-class _Server(uvicorn.Server):
-    """uvicorn's server, less its habit of dying by the signal that it has just handled well: a
-    supervisor would see a failure.
-    """
-
-    def __init__(
-        self, config: uvicorn.Config, state: ServerState, stop: asyncio.Event | None
-    ) -> None:
-        super().__init__(config)
-        self._state = state
-        self._stop = stop
-
-    async def on_tick(self, counter: int) -> bool:
-        stopped = self._stop is not None and self._stop.is_set()
-        return await super().on_tick(counter) or stopped
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        loop = asyncio.get_running_loop()
-        handled = []
-        for sig in _SIGNALS:
+        with _signals(stop, doors):
+            for listener in listeners:
+                listener.open()
+            state = await _unless(stop.asked, start(starting))
+            if state is None:
+                return 0
             try:
-                loop.add_signal_handler(sig, self.handle_exit, sig, None)
-            except (RuntimeError, ValueError):  # not the main thread: the owner has `stop`
-                break
-            handled.append(sig)
-        try:
-            yield
-        finally:
-            for sig in handled:
-                loop.remove_signal_handler(sig)
+                state.request_drain = stop.drain
+                front.app, admin_front.app = create_app(state), create_app(state, ADMIN_ROUTES)
+                gc.collect()
+                gc.freeze()  # what start-up made lives on: later collections need not look at it
+                if on_ready is not None:
+                    on_ready(state)
+                await stop.asked.wait()
+                return await _drain(state, stop, public)
+            finally:
+                state.close()
+    finally:
+        for listener in listeners:
+            await listener.close()
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._state.draining = True
-        timeout_s = self._state.config.shutdown_timeout_s
-        if self._state.live:
-            logger.info(
-                "shutting down: %d sequences have %g s to finish", len(self._state.live), timeout_s
-            )
-        cutoff = asyncio.get_running_loop().call_later(timeout_s, self._state.abort_all)
+
+def _announce(doors: Doors) -> None:
+    config = doors.config
+    allow_files(config.max_connections)
+    if not config.has_keys and not is_loopback(config.host):
+        logger.warning(
+            "listening on %s without --api-key: anybody who reaches it can use it", config.host
+        )
+    logger.info("listening on %s; the model loads", doors.url)
+    if doors.admin_url is not None:
+        logger.info("admin routes on %s", doors.admin_url)
+
+
+@contextlib.contextmanager
+def _signals(stop: Stop, doors: Doors) -> Generator[None, None, None]:
+    """SIGTERM and SIGINT stop. SIGHUP reloads where there is something to reload; elsewhere it ends
+    the process, as a terminal that is closed expects.
+    """
+    actions: dict[signal.Signals, Callable[[], None]] = {
+        signal.SIGTERM: lambda: stop.ask(with_grace=True),
+        signal.SIGINT: stop.ask,
+    }
+    if doors.config.api_key_file is not None or doors.tls is not None:
+        actions[signal.SIGHUP] = doors.reload
+    loop = asyncio.get_running_loop()
+    handled = []
+    for sig, action in actions.items():
         try:
-            await super().shutdown(sockets)
-        finally:
-            cutoff.cancel()
+            loop.add_signal_handler(sig, action)
+        except (RuntimeError, ValueError):  # not the main thread: the owner has `stop`
+            break
+        handled.append(sig)
+    try:
+        yield
+    finally:
+        for sig in handled:
+            loop.remove_signal_handler(sig)
+
+
+async def _unless(event: asyncio.Event, work: Awaitable[ServerState]) -> ServerState | None:
+    """What `work` returns; it is cancelled, for None, when `event` comes first."""
+    task, waiter = asyncio.ensure_future(work), asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait((task, waiter), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        return None
+    finally:
+        waiter.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+
+
+async def _drain(state: ServerState, stop: Stop, public: Listener) -> int:
+    """Not ready at once; for a short grace everything goes on, with `Connection: close` on every
+    answer, so that a balancer that has not noticed yet loses nothing; then connecting is refused,
+    and what runs may finish. Whatever still comes over a kept connection is answered: a POST that
+    was sent is one that a balancer does not send again.
+    """
+    config = state.config
+    deadline_s = time.monotonic() + config.drain_timeout_s
+    state.draining = True
+    logger.info(
+        "shutting down: %d requests have %g s to finish",
+        len(state.live_requests),
+        config.drain_timeout_s,
+    )
+    if stop.with_grace:
+        with contextlib.suppress(TimeoutError):
+            grace_s = min(config.drain_grace_s, config.drain_timeout_s)
+            await asyncio.wait_for(stop.forced.wait(), grace_s)
+    await public.stop_listening()
+    while public.is_busy and time.monotonic() < deadline_s and not stop.forced.is_set():
+        await asyncio.sleep(_POLL_S)
+    num_cut = public.num_answering
+    deadline_s = time.monotonic() + _CUTOFF_S
+    while public.num_answering and time.monotonic() < deadline_s:
+        state.abort_all()  # again and again: some were still on their way to the engine
+        await asyncio.sleep(_POLL_S)
+    if num_cut:
+        logger.warning("%d requests were cut off", num_cut)
+    return num_cut

@@ -16,6 +16,8 @@ from octavo.engine.protocol import AsyncEngine
 from octavo.errors import ConfigError, InvalidRequestError
 from octavo.server.admission import Admission
 from octavo.server.errors import model_not_found
+from octavo.server.keys import KeyRing
+from octavo.server.live import LiveRequests
 from octavo.server.metrics import QueueMetrics, ServerMetrics
 from octavo.text.chat_template import ChatTemplate
 from octavo.text.prepare import Limits
@@ -62,12 +64,15 @@ class ServerState:
     generation_defaults: Mapping[str, Any]
     served_model_names: tuple[str, ...]
     config: ServerConfig
+    keys: KeyRing
     limits: Limits = field(init=False)
     admission: Admission = field(init=False)
     metrics: ServerMetrics = field(init=False)
     started_s: int = field(init=False)  # Unix time
     fingerprint: str = field(init=False)
     draining: bool = field(init=False, default=False)
+    live_requests: LiveRequests = field(init=False, default_factory=LiveRequests)
+    request_drain: Callable[[], None] = field(init=False, default=lambda: None)
     live: dict[int, None] = field(init=False, default_factory=dict)  # engine ids, in order
     _pool: ThreadPoolExecutor = field(init=False, repr=False)
 

@@ -134,7 +134,7 @@ def test_a_config_file_is_the_command_line_in_yaml(smollm2_dir: Path, tmp_path: 
     config.write_text("max-modl-len: 512\n")
     result = octavo("serve", "--config", str(config))
     assert result.returncode == 1
-    assert "max_modl_len" in result.stderr
+    assert "max-modl-len" in result.stderr
 
 
 def test_models_pull_and_doctor(smollm2_dir: Path) -> None:

@@ -11,14 +11,17 @@ from support.fake_engine import FakeEngine, byte_checkpoint
 
 from octavo.config.server import ServerConfig
 from octavo.server import run
-from octavo.server.app import create_app
+from octavo.server.keys import KeyRing
+from octavo.server.starting import Starting
 from octavo.server.state import ServerState
 from octavo.text.chat_template import ChatTemplate
 from octavo.text.tokenizer import Tokenizer
 from octavo.types import EngineInfo
 
 
-def make_state(config: ServerConfig, info: EngineInfo | None = None) -> ServerState:
+def make_state(
+    config: ServerConfig, info: EngineInfo | None = None, keys: KeyRing | None = None
+) -> ServerState:
     """A state with a fake engine that says "Hello, world!"; call it on the event loop."""
     checkpoint = byte_checkpoint()
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
@@ -30,6 +33,7 @@ def make_state(config: ServerConfig, info: EngineInfo | None = None) -> ServerSt
         generation_defaults={"top_k": 50},
         served_model_names=("fake", "alias"),
         config=config,
+        keys=keys or KeyRing.from_config(config),
     )
 
 
@@ -38,23 +42,28 @@ class LiveServer:
 
     def __init__(self, info: EngineInfo | None = None, **options: object) -> None:
         self._info = info
-        self.config = ServerConfig.from_options(port=0, **options)
-        self.sock = run.bind(self.config)
-        self.url = f"http://127.0.0.1:{self.sock.getsockname()[1]}"
+        self.config = ServerConfig.from_options(**{"port": 0} | options)
+        self.doors = run.Doors.open(self.config)
+        self.url, self.admin_url = self.doors.url, self.doors.admin_url
         self.engine: FakeEngine
         self.state: ServerState
+        self.num_cut: int | None = None  # known when it has ended
         self.started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()))
 
     async def _main(self) -> None:
-        self.state = make_state(self.config, self._info)
+        self._loop, self.stop = asyncio.get_running_loop(), run.Stop()
+        self.num_cut = await run.serve(
+            self._start, self.doors, lambda state: self.started.set(), self.stop
+        )
+        await self.engine.close()
+
+    async def _start(self, starting: Starting) -> ServerState:
+        self.state = make_state(self.config, self._info, self.doors.keys)
         assert isinstance(self.state.engine, FakeEngine)
         assert self.state.tokenizer is not None
         self.engine, self.encode = self.state.engine, self.state.tokenizer.encode
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        app = create_app(self.state)
-        await run.serve(app, self.config, self.sock, self.started.set, self._stop)
-        await self.engine.close()
+        return self.state
 
     def __enter__(self) -> LiveServer:
         self._thread.start()
@@ -67,8 +76,14 @@ class LiveServer:
         self._thread.join(20)
         assert not self._thread.is_alive()
 
-    def ask_to_stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
+    def call(self, work: Callable[[], None]) -> None:
+        """Do `work` in the server's thread; returns when it is done."""
+        done = threading.Event()
+        self._loop.call_soon_threadsafe(lambda: (work(), done.set()))
+        assert done.wait(10)
+
+    def ask_to_stop(self, *, with_grace: bool = False) -> None:
+        self._loop.call_soon_threadsafe(lambda: self.stop.ask(with_grace=with_grace))
 
     def reset(self) -> None:
         self.engine.reply = lambda request: self.encode("Hello, world!")

@@ -24,6 +24,7 @@ class SomeConfig:
     size: int | None = option(None, "a size, 100% of it")
     share: float = option(0.5, "a share")
     is_on: bool = option(False, "a switch")
+    pause_s: float = option(1.0, "a time")
     maybe: bool | None = option(None, "a switch that may be left open")
 
 
@@ -81,6 +82,15 @@ def test_a_value_that_is_no_choice(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_skipped_field_has_no_flag() -> None:
     with pytest.raises(SystemExit):
         parse("--name", "x", skip=("name",))
+
+
+def test_times_are_in_seconds_and_their_flags_do_not_say_so(file: Path) -> None:
+    assert parse("--pause", "2.5") == {"pause_s": 2.5}
+    file.write_text("pause: 3\n")
+    assert parse("--config", str(file)) == {"pause_s": 3}
+    file.write_text("pause_s: 3\n")
+    with pytest.raises(ConfigError, match="pause-s"):
+        parse("--config", str(file))
 
 
 # ---- --config

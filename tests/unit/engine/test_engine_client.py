@@ -14,7 +14,7 @@ import pytest
 from octavo.checkpoint import Checkpoint
 from octavo.config import EngineArgs
 from octavo.engine import client
-from octavo.engine.client import Connection
+from octavo.engine.client import Connection, Death
 from octavo.engine.messages import (
     Abort,
     Configure,
@@ -102,9 +102,9 @@ class Peer:
     def stop(self) -> None:
         self.is_stopped = True
 
-    def bury(self, cause: Callable[[int | None], str]) -> str:
+    def bury(self, cause: Callable[[int | None], str]) -> Death:
         self.is_stopped = True
-        return cause(self.process.returncode)
+        return Death(cause(self.process.returncode), set())
 
 
 async def connect(peer: Peer) -> Connection:
@@ -161,7 +161,8 @@ def test_messages_are_taken_until_the_end_and_its_cause(
         peer.send(outputs, Pong(), *messages)
         peer.die(returncode)
         taken: list[ToServer] = []
-        assert cause in await connection.listen(taken.append)
+        death = await connection.listen(taken.append)
+        assert cause in death.cause
         assert taken == [outputs, Pong()]
         assert peer.is_stopped
 
@@ -171,7 +172,8 @@ def test_messages_are_taken_until_the_end_and_its_cause(
 def test_a_message_that_makes_no_sense_ends_the_connection() -> None:
     async def body(connection: Connection, peer: Peer) -> None:
         peer.theirs.sendall(b"\x00\x00\x00\x01\xc1")
-        assert "cannot be taken in" in await connection.listen(lambda message: None)
+        death = await connection.listen(lambda message: None)
+        assert "cannot be taken in" in death.cause
         assert peer.is_stopped
 
     with_connection(body)
@@ -185,7 +187,7 @@ def test_a_kill_asks_for_stacks_first_and_names_its_own_cause() -> None:
         await killing
         assert peer.process.num_kills == 1
         peer.die()
-        assert await connection.listen(lambda message: None) == "It stood still."
+        assert (await connection.listen(lambda message: None)).cause == "It stood still."
 
     with_connection(body)
 

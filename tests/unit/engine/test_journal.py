@@ -36,8 +36,8 @@ def take(entry: Entry) -> RequestUpdate:
 class Engine:
     """Gives every request its next token in each step; `strikes` says which kill, and at which."""
 
-    def __init__(self, journal: Journal, strikes: dict[int, int]) -> None:
-        self.journal, self.strikes = journal, strikes
+    def __init__(self, journal: Journal, strikes: dict[int, int], num_rows: int = 99) -> None:
+        self.journal, self.strikes, self.num_rows = journal, strikes, num_rows
         self.num_deaths = 0
         self.killers: list[int] = []
         self.received: dict[int, list[int]] = {}
@@ -52,18 +52,19 @@ class Engine:
 
     def step(self) -> None:
         """The step in which a request strikes gives nobody anything."""
-        if any(len(self.received.get(i, ())) >= self.strikes.get(i, 10**9) for i in self.live):
+        running = dict(list(self.live.items())[: self.num_rows])
+        if any(len(self.received.get(i, ())) >= self.strikes.get(i, 10**9) for i in running):
             self.die()
             return
         finished = []
-        for request_id, asked in self.live.items():
+        for request_id, asked in running.items():
             tokens = self.received.setdefault(request_id, [])
             tokens.append(len(tokens))
             if len(tokens) == asked.max_total_len - 2:
                 finished.append(Finish(request_id, "length"))
         outputs = StepOutputs(
-            request_ids=list(self.live),
-            token_ids=[self.received[i][-1] for i in self.live],
+            request_ids=list(running),
+            token_ids=[self.received[i][-1] for i in running],
             finished=finished,
         )
         for finish in finished:
@@ -72,8 +73,9 @@ class Engine:
 
     def die(self) -> None:
         self.num_deaths += 1
+        in_flight = set(list(self.live)[: self.num_rows]) if self.num_rows < 99 else set()
         self.live.clear()
-        killer = self.journal.bury()
+        killer = self.journal.bury(in_flight)
         if killer is not None:
             self.killers.append(killer.request.request_id)
             self.journal.finish(Finish(killer.request.request_id, "error"))
@@ -85,13 +87,14 @@ class Engine:
     strikes=st.dictionaries(st.integers(1, 24), st.integers(0, 18), max_size=4),
     late=st.integers(0, 8),
     kills=st.sets(st.integers(0, 300), max_size=8),
+    num_rows=st.sampled_from([1, 3, 8, 99]),
 )
 def test_every_killer_is_found_and_the_others_end_well(
-    num_requests: int, strikes: dict[int, int], late: int, kills: set[int]
+    num_requests: int, strikes: dict[int, int], late: int, kills: set[int], num_rows: int
 ) -> None:
     journal = Journal()
     strikes = {i: at for i, at in strikes.items() if i <= num_requests}
-    engine = Engine(journal, strikes)
+    engine = Engine(journal, strikes, num_rows)
     entries: dict[int, Entry] = {}
     # Kills from outside leave room between them, or they could not be told from a request's doing.
     moments = sorted(moment for moment in kills if not strikes and moment % 8 == 0)
@@ -136,7 +139,7 @@ def test_what_was_received_before_is_not_told_again() -> None:
     journal.admit()[0].enter()
     first, second, third = (TokenLogprobs((i,), (-1.0,), 1) for i in (1, 2, 3))
     journal.record(StepOutputs(prompt_logprobs={1: [first, second]}, started=[Started(1, 0, 0.5)]))
-    assert journal.bury() is None
+    assert journal.bury(set()) is None
     journal.admit()[0].enter()
     journal.record(StepOutputs(prompt_logprobs={1: [first]}, started=[Started(1, 16, 9.0)]))
     journal.record(StepOutputs(prompt_logprobs={1: [second, third]}))

@@ -179,6 +179,20 @@ def test_it_holds_the_latest_steps_and_those_in_flight(
     assert replay(path).num_tokens > 20
 
 
+def test_it_tells_who_was_in_the_steps_that_did_not_end(tmp_path: Path) -> None:
+    for depth, count in ((0, 0), (1, 1), (2, 2)):
+        tape = Tape()
+        fly(tape, [request(i + 1, 9, 40) for i in range(4)], depth=depth, steps=20)
+        found = tape.in_flight()
+        path = tape.dump(tmp_path, "x")
+        tape.close()
+        assert path is not None
+        open_steps = [step for step in Recording.read(path).steps if step.token_ids is None]
+        assert len(open_steps) == count
+        assert len(found) == len({row for step in open_steps for row in step.plan.rows.tolist()})
+        assert found <= {1, 2, 3, 4}
+
+
 def test_a_token_that_differs_is_told(tmp_path: Path) -> None:
     tape = Tape()
     fly(tape, [request(7, 10, 20)], depth=0, steps=12)

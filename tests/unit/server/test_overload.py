@@ -13,8 +13,6 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.fake_engine import fake_info
 
-from octavo.server.app import create_app
-
 USER = [{"role": "user", "content": "hi"}]
 CHAT = {"messages": USER}
 
@@ -151,26 +149,13 @@ def test_a_timeout_header_that_is_none_is_refused(server, http, value):
     assert reply.json()["error"]["param"] == "x-request-timeout"
 
 
-def test_a_clients_name_goes_to_the_engine(new_state):
-    """As the doors leave it in the scope."""
-
-    async def main():
-        state = new_state()
-        transport = httpx.ASGITransport(app=_named(create_app(state), "tenant"))
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
-        assert state.engine.submitted[0].client == "tenant"
-        assert state.admission.num_tokens_by_client["tenant"] > 0
-
-    asyncio.run(main())
-
-
-def _named(app, client):
-    async def wrapped(scope, receive, send):
-        scope.setdefault("state", {})["client"] = client
-        await app(scope, receive, send)
-
-    return wrapped
+def test_a_keys_name_goes_to_the_engine(start_server):
+    server = start_server(api_key="secret")
+    headers = {"authorization": "Bearer secret"}
+    url = f"{server.url}/v1/chat/completions"
+    assert httpx.post(url, json=CHAT, headers=headers).status_code == 200
+    assert server.engine.submitted[0].client == "api-key"
+    assert server.state.admission.num_tokens_by_client["api-key"] > 0
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 
 from octavo.config.server import ServerConfig
 from octavo.errors import ConfigError
-from octavo.server import run
+from octavo.server.listener import bind
 from octavo.server.state import sampling_defaults
 
 TESTS = Path(__file__).parents[2]
@@ -25,15 +25,16 @@ sys.path.insert(0, sys.argv[1])
 from support.live_server import make_state
 from octavo.config.server import ServerConfig
 from octavo.server import run
-from octavo.server.app import create_app
 
 async def main():
-    config = ServerConfig(port=0, shutdown_timeout_s=5.0)
-    sock = run.bind(config)
-    state = make_state(config)
-    state.engine.step_s = 0.05
-    await run.serve(create_app(state), config, sock,
-                    lambda: print(sock.getsockname()[1], flush=True))
+    doors = run.Doors.open(ServerConfig(port=0, drain_timeout_s=5.0, drain_grace_s=0.1))
+
+    async def start(starting):
+        state = make_state(doors.config)
+        state.engine.step_s = 0.05
+        return state
+
+    await run.serve(start, doors, lambda state: print(doors.sock.getsockname()[1], flush=True))
 
 loop_factory = None
 if sys.argv[2] == "uvloop":
@@ -131,7 +132,7 @@ def test_unfinished_body_times_out(start_server):
 def test_taken_port_says_what_to_do(server):
     port = int(server.url.rsplit(":")[-1])
     with pytest.raises(ConfigError, match="--port"):
-        run.bind(ServerConfig(port=port))
+        bind("127.0.0.1", port)
 
 
 def test_small_writes_are_not_held_back(server, http):
@@ -155,7 +156,7 @@ def test_options():
         ({"port": "1"}, "takes int"),
         ({"port": 70_000}, "65535"),
         ({"max_body_bytes": 0}, "at least 1"),
-        ({"shutdown_timeout_s": -1.0}, "0 or more"),
+        ({"drain_timeout_s": -1.0}, "0 or more"),
         ({"stall_timeout_s": float("nan")}, "0 or more"),
         ({"api_key": ""}, "non-empty"),
         ({"api_key": "ключ"}, "ASCII"),

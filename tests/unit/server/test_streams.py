@@ -127,7 +127,7 @@ def test_unexpected_error_tells_only_its_request_id(server, http, caplog, monkey
 
 
 def test_shutdown_lets_requests_finish_and_cuts_the_rest(start_server):
-    server = start_server(shutdown_timeout_s=0.5)
+    server = start_server(drain_timeout_s=0.5)
     server.says("z" * 200)
     server.engine.step_s = 0.02
     text, begun = "", time.monotonic()
@@ -141,3 +141,38 @@ def test_shutdown_lets_requests_finish_and_cuts_the_rest(start_server):
     assert time.monotonic() - begun < 5
     assert '"z"' in text
     assert json.loads(text.split("data: ")[-1])["error"]["code"] == "aborted"
+
+
+def test_a_silent_stream_says_that_it_is_still_there(start_server):
+    """Before the first token, and between two; clients that know server-sent events skip it."""
+    server = start_server(sse_keep_alive_interval_s=0.1)
+    server.engine.hang = True
+    url = f"{server.url}/v1/completions"
+    lines = []
+    body = {"prompt": "x", "stream": True, "max_tokens": 5}
+    with httpx.stream("POST", url, json=body, timeout=20) as response:
+        for line in response.iter_lines():
+            lines.append(line)
+            if lines.count(": still here") == 3:
+                server.engine.hang = False
+    assert lines.count(": still here") >= 3
+    assert lines[-2] == "data: [DONE]"
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
+        server.engine.step_s = 0.25
+        said = [
+            chunk.choices[0].text
+            for chunk in client.completions.create(
+                model="fake", prompt="x", stream=True, max_tokens=3
+            )
+        ]
+    assert "".join(said) == "Hel"
+
+
+def test_after_a_comment_a_failure_is_an_error_event(start_server):
+    server = start_server(sse_keep_alive_interval_s=0.1)
+    server.engine.step_s, server.engine.fail = 0.3, "struck by the test"
+    body = {"prompt": "x", "stream": True, "max_tokens": 5}
+    reply = httpx.post(f"{server.url}/v1/completions", json=body, timeout=20)
+    assert reply.status_code == 200
+    assert ": still here" in reply.text
+    assert "struck by the test" in reply.text.splitlines()[-2]
