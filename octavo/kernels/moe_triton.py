@@ -279,6 +279,8 @@ def choose_plan(num_pairs: int, num_experts: int, itemsize: int, gated: bool) ->
     """By how many pairs an expert has on average."""
     if itemsize == 4:
         return GroupedPlan(16, 32, 32, 4, 2)
+    if num_pairs <= MAX_LOOSE_PAIRS and not launch.is_amd():
+        return GroupedPlan(16, 32, 256, 2, 4 if gated else 3)
     if num_pairs <= 6 * num_experts:
         return GroupedPlan(16, 32 if gated else 64, 128, 4, 3)
     if launch.is_amd():
