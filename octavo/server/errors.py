@@ -102,7 +102,9 @@ def as_api_error(exc: Exception, request_id: str) -> ApiError:
         return _routing_error(exc)
     if isinstance(exc, RequestFailedError):
         logger.error("request %s failed in the engine: %s", request_id, exc)
-        return ApiError(500, str(exc), "request_failed", type="server_error")
+        # Clients repeat every 5xx unless told otherwise; this would fail again.
+        headers = {"x-should-retry": "false"}
+        return ApiError(500, str(exc), "request_failed", type="server_error", headers=headers)
     logger.error("request %s: unexpected error", request_id, exc_info=exc)
     return ApiError(
         500,

@@ -73,7 +73,10 @@ class Engine:
 
     def die(self) -> None:
         self.num_deaths += 1
-        in_flight = set(list(self.live)[: self.num_rows]) if self.num_rows < 99 else set()
+        in_flight = None
+        if self.num_rows < 99:
+            computed = {i: 1 + len(self.received.get(i, ())) for i in self.live}
+            in_flight = {i: (computed[i], computed[i] + 1) for i in list(computed)[: self.num_rows]}
         self.live.clear()
         killer = self.journal.bury(in_flight)
         if killer is not None:
@@ -139,7 +142,7 @@ def test_what_was_received_before_is_not_told_again() -> None:
     journal.admit()[0].enter()
     first, second, third = (TokenLogprobs((i,), (-1.0,), 1) for i in (1, 2, 3))
     journal.record(StepOutputs(prompt_logprobs={1: [first, second]}, started=[Started(1, 0, 0.5)]))
-    assert journal.bury(set()) is None
+    assert journal.bury(None) is None
     journal.admit()[0].enter()
     journal.record(StepOutputs(prompt_logprobs={1: [first]}, started=[Started(1, 16, 9.0)]))
     journal.record(StepOutputs(prompt_logprobs={1: [second, third]}))
