@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def gated_activation(gate_up: torch.Tensor, name: str) -> torch.Tensor:
     """[..., 2 * size] -> [..., size]: act(gate_up[..., :size]) * gate_up[..., size:].
 
-    `name` is a key of ACTIVATIONS.
+    `name` is a key of ACTIVATIONS. May be written over the input, of which it is then a part.
     """
     if cpu.takes(gate_up):
         return cpu.gated_activation(gate_up, name)

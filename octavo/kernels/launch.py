@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -51,6 +55,25 @@ def num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Launch nothing in here: compile what would be launched, each kernel once, in threads."""
+    from triton import AsyncCompileMode
+    from triton.runtime.jit import JITFunction
+
+    launching = JITFunction.run
+
+    def run(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
+        return launching(self, *args, warmup=True, **kwargs)
+
+    JITFunction.run = run
+    try:
+        with ThreadPoolExecutor(thread_name_prefix="compile") as pool, AsyncCompileMode(pool):
+            yield
+    finally:
+        JITFunction.run = launching
 
 
 def options(overlap: bool, num_warps: int, num_stages: int = 2) -> dict[str, int | bool]:

@@ -18,7 +18,7 @@ from octavo.kernels.activation import gated_activation
 from octavo.kernels.norm import rms_norm
 
 # Up to so many tokens the Triton kernels are asked; whether they take a shape is decided there.
-MAX_TOKENS = 16
+MAX_TOKENS = 64
 # Up to so many tokens a layer runs in its fused form.
 MAX_FUSED_TOKENS = 4
 
@@ -63,12 +63,13 @@ def linear_around(
         return _linear_onto(prepare(x, around), weight, bias, around.residual)
     from octavo.kernels import gemv_triton
 
+    plan = gemv_triton.plan(len(x), *weight.shape)
+    if not isinstance(plan, gemv_triton.GemvPlan):
+        return _linear_onto(prepare(x, around), weight, bias, around.residual)
     if around.activation and not gemv_triton.fuses_activation(len(x), *weight.shape):
         x = gated_activation(x, around.activation)
         around = around._replace(activation=None)
-    if (plan := gemv_triton.plan(len(x), *weight.shape)) is not None:
-        return gemv_triton.run(plan, x, weight, bias, around)
-    return linear_around_torch(x, weight, bias, around)
+    return gemv_triton.run(plan, x, weight, bias, around)
 
 
 def _linear_onto(
@@ -77,10 +78,16 @@ def _linear_onto(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """With many tokens cuBLAS adds in passing, which saves reading and writing the sum again."""
-    if residual is None or bias is not None or len(x) <= MAX_TOKENS:
-        y = linear(x, weight, bias)
-        return y if residual is None else residual.add_(y)
+    """Adds in passing, which saves reading and writing the sum again."""
+    if residual is None:
+        return linear(x, weight, bias)
+    if len(x) <= MAX_TOKENS:
+        from octavo.kernels import gemv_triton
+
+        if (plan := gemv_triton.plan(len(x), *weight.shape)) is not None:
+            return gemv_triton.run(plan, x, weight, bias, Around(residual=residual))
+    if bias is not None:
+        residual.add_(bias)
     return residual.addmm_(x, weight.t())
 
 

@@ -72,7 +72,7 @@ def route_kernel(
     tl.store(experts_ptr + token * top_k + ranks, chosen, mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def sort_kernel(
     experts_ptr,  # [num_pairs] int32
     order_ptr,  # [num_pairs] int32, out: pairs by expert
@@ -103,11 +103,12 @@ def sort_kernel(
         position += tl.sum(mine, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k"])
 def grouped_kernel(
     x_ptr,  # GATED: [num_tokens, in_features], rows x_stride apart; else as this left it
     weight_ptr,  # [num_experts, out_features (twice that if GATED), in_features] contiguous
     tiles,  # descriptor of the same as a matrix, tiles [BLOCK_N, BLOCK_K], or None
+    x_tiles,  # descriptor of x, tiles [BLOCK_M, BLOCK_K], or None; not GATED, SORTED
     out_ptr,  # [num_pairs, out_features] contiguous; GATED and SORTED: in the sorted order
     experts_ptr,  # [num_pairs] int32
     order_ptr,  # [num_pairs] int32, SORTED
@@ -127,7 +128,8 @@ def grouped_kernel(
     EVEN_K: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    tile = tl.program_id(0)
+    # Neighbours share their pairs and their expert, which so are read from memory once.
+    tile = tl.program_id(1)
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -155,7 +157,7 @@ def grouped_kernel(
         exists = lanes < 1
         pairs = tile + lanes * 0
         places = pairs
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(cols, out_features - 1)  # beyond the last: not written
     ks = tl.arange(0, BLOCK_K)
     num_rows = out_features
@@ -163,7 +165,7 @@ def grouped_kernel(
     if GATED:
         num_rows = 2 * out_features
         x_rows = pairs // top_k
-    first_row = expert * num_rows + tl.program_id(1) * BLOCK_N
+    first_row = expert * num_rows + tl.program_id(0) * BLOCK_N
     x_tile = x_ptr + x_rows.to(tl.int64)[:, None] * x_stride + ks[None, :]
     matrix = weight_ptr + expert.to(tl.int64) * num_rows * in_features
     weight_tile = matrix + rows[:, None] * in_features + ks[None, :]
@@ -172,7 +174,10 @@ def grouped_kernel(
     up_acc = acc
     for k in tl.range(0, in_features, BLOCK_K):
         if EVEN_K:
-            x = tl.load(x_tile + k, mask=exists[:, None], other=0.0)
+            if x_tiles is None:
+                x = tl.load(x_tile + k, mask=exists[:, None], other=0.0)
+            else:
+                x = x_tiles.load([first, k])
             if tiles is None:
                 weight = tl.load(weight_tile + k)
             else:
@@ -210,6 +215,7 @@ def combine_kernel(
     top_k,
     size,
     HAS_RESIDUAL: tl.constexpr,
+    TOP: tl.constexpr,  # top_k, rounded up to a power of two
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -219,10 +225,10 @@ def combine_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    total = tl.zeros([BLOCK], tl.float32)
-    for rank in tl.range(0, top_k):
-        y = tl.load(y_ptr + (token * top_k + rank) * size + cols, mask=mask, other=0.0)
-        total += y.to(tl.float32)
+    ranks = tl.arange(0, TOP)
+    y_rows = y_ptr + (token * top_k + ranks)[:, None] * size
+    y = tl.load(y_rows + cols[None, :], mask=(ranks < top_k)[:, None] & mask[None, :], other=0.0)
+    total = tl.sum(y.to(tl.float32), 0)
     dtype = out_ptr.dtype.element_ty
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + token * size + cols, mask=mask, other=0.0)
@@ -260,7 +266,11 @@ def group(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.
     starts = torch.empty(num_experts + 1, dtype=torch.int32, device=experts.device)
     overlap = launch.overlaps(experts)
     block = min(max(triton.next_power_of_2(num_pairs), 16), 4096)
-    how = {"BLOCK": block, "OVERLAP": overlap, **launch.options(overlap, num_warps=4)}
+    how = {
+        "BLOCK": block,
+        "OVERLAP": overlap,
+        **launch.options(overlap, num_warps=block // 256 or 1),
+    }
     sort_kernel[(num_experts,)](experts, order, starts, num_pairs, **how)
     return order, starts
 
@@ -269,11 +279,17 @@ def choose_plan(num_pairs: int, num_experts: int, itemsize: int, gated: bool) ->
     """By how many pairs an expert has on average."""
     if itemsize == 4:
         return GroupedPlan(16, 32, 32, 4, 2)
-    if num_pairs <= 16 * num_experts:
+    if num_pairs <= MAX_LOOSE_PAIRS and not launch.is_amd():
+        return GroupedPlan(16, 32, 256, 2, 4 if gated else 3)
+    if num_pairs <= 6 * num_experts:
         return GroupedPlan(16, 32 if gated else 64, 128, 4, 3)
-    if num_pairs <= 64 * num_experts or launch.is_amd():
-        return GroupedPlan(64, 64, 64, 4, 2 if launch.is_amd() else 4)
-    return GroupedPlan(128, 64 if gated else 128, 64, 8, 4)
+    if launch.is_amd():
+        return GroupedPlan(64, 64, 64, 4, 2)
+    if num_pairs <= 24 * num_experts:
+        return GroupedPlan(32, 64 if gated else 128, 128, 4, 3)
+    if num_pairs <= 64 * num_experts:
+        return GroupedPlan(64, 128, 64, 4, 4)
+    return GroupedPlan(128, 128, 64, 8, 3)
 
 
 def run_experts(
@@ -307,7 +323,7 @@ def _combine(
     size = y.shape[1]
     out = torch.empty((num_tokens, size), dtype=y.dtype, device=y.device)
     overlap = launch.overlaps(y)
-    block = min(triton.next_power_of_2(size), 512 if num_tokens <= 32 else 1024)
+    block = min(triton.next_power_of_2(size), 256 if num_tokens <= 32 else 1024)
     combine_kernel[(num_tokens, triton.cdiv(size, block))](
         y,
         y if residual is None else residual.contiguous(),
@@ -315,6 +331,7 @@ def _combine(
         top_k,
         size,
         HAS_RESIDUAL=residual is not None,
+        TOP=triton.next_power_of_2(top_k),
         BLOCK=block,
         OVERLAP=overlap,
         **launch.options(overlap, num_warps=4),
@@ -341,15 +358,18 @@ def _multiply(
         num_tiles, order, starts = num_pairs, experts, experts
     else:
         num_tiles, (order, starts) = num_pairs // plan.block_m + num_experts, grouping
-    tiles = None
+    tiles = x_tiles = None
     if plan.block_m >= 64 and launch.copies_tiles(x.device) and in_features % plan.block_k == 0:
         matrix = weight.view(-1, in_features)
         tiles = TensorDescriptor.from_tensor(matrix, [plan.block_n, plan.block_k])
+        if activation is None and grouping is not None:
+            x_tiles = TensorDescriptor.from_tensor(x, [plan.block_m, plan.block_k])
     overlap = launch.overlaps(x)
-    grouped_kernel[(num_tiles, triton.cdiv(out_features, plan.block_n))](
+    grouped_kernel[(triton.cdiv(out_features, plan.block_n), num_tiles)](
         x,
         weight,
         tiles,
+        x_tiles,
         out,
         experts,
         order,

@@ -52,7 +52,10 @@ def _attend(
     return acc, total, highest
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(
+    do_not_specialize=["num_seqs", "k_col", "v_col"],
+    do_not_specialize_on_alignment=["starts_ptr", "seq_lens_ptr", "rows_ptr"],
+)
 def packed_kernel(
     query_ptr,  # [num_tokens, num_heads, DIM] contiguous
     out_ptr,  # as query
@@ -116,7 +119,10 @@ def packed_kernel(
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=exists[:, None])
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(
+    do_not_specialize=["num_seqs", "table_stride"],
+    do_not_specialize_on_alignment=["table_ptr", "rows_ptr"],
+)
 def gather_kernel(
     k_ptr,  # [num_blocks, block_size, width]
     v_ptr,  # as k

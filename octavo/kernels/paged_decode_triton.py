@@ -32,8 +32,11 @@ MIN_SPLIT_LEN = 128
 # The same where sequences fill the GPU uncut: only one long context among short ones is cut, lest
 # it be a tail.
 LONG_SPLIT_LEN = 1024
-# Contexts may be cut into so many parts even where sequences fill the GPU.
+# Contexts may be cut into so many parts even where sequences fill the GPU, ...
 MIN_SPLITS = 4
+# ... as long as there are no more parts than this in all: each takes memory.
+MAX_PARTS = 4096
+MOST_SPLITS = 64
 # Programs per processor to aim at.
 PROGRAMS_PER_PROCESSOR = 2
 
@@ -66,7 +69,7 @@ def softcapped(scores, softcap):
     return softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "shared_splits"])
 def decode_kernel(
     query_ptr,  # [num_seqs, num_heads, head_dim] contiguous
     out_ptr,  # as query
@@ -80,6 +83,7 @@ def decode_kernel(
     shared_lens_ptr,  # SharedPart
     shared_partial_ptr,
     shared_sums_ptr,
+    shared_splits,
     table_stride,
     k_block_stride,
     k_slot_stride,
@@ -97,8 +101,8 @@ def decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,  # whether there is more than one split
-    MAX_SPLITS: tl.constexpr,  # number of splits, padded to a power of two
-    SHARED_SPLITS: tl.constexpr,  # of the common keys; 0: there are none
+    MAX_SPLITS: tl.constexpr,  # a power of two, no less than the splits
+    HAS_SHARED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -116,7 +120,7 @@ def decode_kernel(
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(seq_len - window, 0)
-    if SHARED_SPLITS > 0:
+    if HAS_SHARED:
         first = tl.load(shared_lens_ptr + seq)
     num_keys = seq_len - first
     start = first
@@ -205,11 +209,11 @@ def decode_kernel(
                     cache_modifier=".cg",
                 )
                 acc += part * tl.exp2(maximum - highest)[:, None]
-    if SHARED_SPLITS > 0:  # noqa: SIM102  # known at compile time
+    if HAS_SHARED:  # noqa: SIM102  # known at compile time
         if first > 0:
             num_seqs = tl.num_programs(0)
             num_heads = num_kv_heads * GROUP
-            for other in tl.static_range(SHARED_SPLITS):
+            for other in tl.range(0, shared_splits):
                 sums = shared_sums_ptr + (2 * other * num_seqs + seq) * num_heads + heads
                 maximum = tl.load(sums, mask=rows < GROUP, other=0.0)
                 part_total = tl.load(sums + num_seqs * num_heads, mask=rows < GROUP, other=0.0)
@@ -264,8 +268,9 @@ def plan_splits(num_seqs: int, num_kv_heads: int, max_len: int, num_processors: 
     """How to cut contexts of at most max_len keys."""
     target: int = triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors, num_seqs * num_kv_heads)
     min_len = MIN_SPLIT_LEN if target > 1 else LONG_SPLIT_LEN
+    few = min(MIN_SPLITS, MAX_PARTS // (num_seqs * num_kv_heads))
     most: int = triton.cdiv(max_len, min_len)
-    return Splits(max(min(max(target, MIN_SPLITS), most, 128), 1), min_len)
+    return Splits(max(min(max(target, few), most, MOST_SPLITS), 1), min_len)
 
 
 def choose_config(head_dim: int, itemsize: int, min_split: int) -> DecodeConfig:
@@ -319,7 +324,7 @@ def paged_decode(
         block_tables,
         seq_lens,
         *buffers,
-        *((seq_lens, query, query) if shared is None else shared[:3]),
+        *((seq_lens, query, query, 0) if shared is None else shared),
         block_tables.stride(0),
         k_cache.stride(0),
         k_cache.stride(1),
@@ -337,8 +342,8 @@ def paged_decode(
         BLOCK_SIZE=block_size,
         BLOCK_N=config.block_n,
         SPLIT=num_splits > 1,
-        MAX_SPLITS=max(triton.next_power_of_2(num_splits), 16),
-        SHARED_SPLITS=0 if shared is None else shared.num_splits,
+        MAX_SPLITS=MOST_SPLITS,
+        HAS_SHARED=shared is not None,
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,
         OVERLAP=overlap,

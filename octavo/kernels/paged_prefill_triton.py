@@ -125,7 +125,10 @@ def _attend(
     return acc, total, highest
 
 
-@triton.jit(do_not_specialize=["num_seqs"])
+@triton.jit(
+    do_not_specialize=["num_seqs", "table_stride"],
+    do_not_specialize_on_alignment=["table_ptr", "starts_ptr", "seq_lens_ptr"],
+)
 def prefill_kernel(
     query_ptr,  # [num_tokens, num_heads, head_dim] contiguous
     out_ptr,  # as query

@@ -12,7 +12,7 @@ import triton.language as tl
 from octavo.kernels import launch
 from octavo.kernels.qkv import HeadTransform
 
-WIDE = 8, 4  # heads and warps of a program where there are many tokens
+WIDE = 16, 4  # heads and warps of a program where there are many tokens
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _head_weight(q_norm_ptr, k_norm_ptr, is_query, dims, stop):
     return tl.where(is_query[:, None], q_weight[None, :], k_weight[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["keep"])
 def qkv_kernel(
     qkv_ptr,  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], rows qkv_stride apart
     query_ptr,  # [num_tokens, num_heads, head_dim] contiguous
@@ -45,9 +45,9 @@ def qkv_kernel(
     head_dim,
     block_size,
     eps,
+    keep,  # 1: keys also back to qkv, where padding's keys and values become 0
     HAS_NORM: tl.constexpr,
     ADD_ONE: tl.constexpr,
-    KEEP: tl.constexpr,  # keys also back to qkv; padding's keys and values there become 0
     HEADS: tl.constexpr,  # per program
     HALF: tl.constexpr,  # half, rounded up to a power of two
     TAIL: tl.constexpr,  # head_dim - 2 * half, likewise; 0: there is none
@@ -124,11 +124,10 @@ def qkv_kernel(
     tl.store(k_row + half + dims[None, :], out_second.to(kv_type), mask=to_key)
     tl.store(v_row + dims[None, :], out_first.to(kv_type), mask=to_value)
     tl.store(v_row + half + dims[None, :], out_second.to(kv_type), mask=to_value)
-    if KEEP:
-        is_padding = slot < block_size  # block 0 belongs to nobody
-        to_keep = to_key | (to_value & is_padding)
-        tl.store(source + dims[None, :], tl.where(is_padding, 0.0, out_first), mask=to_keep)
-        tl.store(source + half + dims[None, :], tl.where(is_padding, 0.0, out_second), mask=to_keep)
+    is_padding = slot < block_size  # block 0 belongs to nobody
+    to_keep = (to_key | (to_value & is_padding)) & (keep == 1)
+    tl.store(source + dims[None, :], tl.where(is_padding, 0.0, out_first), mask=to_keep)
+    tl.store(source + half + dims[None, :], tl.where(is_padding, 0.0, out_second), mask=to_keep)
     if TAIL > 0:
         out_tail = tl.where(is_value[:, None], raw_tail, tail.to(dtype))
         tl.store(query_row + tail_dims[None, :], out_tail, mask=is_query[:, None] & in_tail)
@@ -136,9 +135,8 @@ def qkv_kernel(
         tl.store(k_row + tail_dims[None, :], out_tail.to(kv_type), mask=to_key)
         to_value = is_value[:, None] & in_tail
         tl.store(v_row + tail_dims[None, :], out_tail.to(kv_type), mask=to_value)
-        if KEEP:
-            to_keep = to_key | (to_value & is_padding)
-            tl.store(source + tail_dims[None, :], tl.where(is_padding, 0.0, out_tail), mask=to_keep)
+        to_keep = (to_key | (to_value & is_padding)) & (keep == 1)
+        tl.store(source + tail_dims[None, :], tl.where(is_padding, 0.0, out_tail), mask=to_keep)
 
 
 def rotate_and_store(
@@ -184,9 +182,9 @@ def rotate_and_store(
         head_dim,
         k_cache.shape[1],
         0.0 if norms is None else norms.eps,
+        int(keep),
         HAS_NORM=norms is not None,
         ADD_ONE=norms is not None and norms.add_one,
-        KEEP=keep,
         HEADS=heads,
         HALF=triton.next_power_of_2(half),
         TAIL=triton.next_power_of_2(head_dim - 2 * half) if head_dim > 2 * half else 0,

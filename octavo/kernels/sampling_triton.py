@@ -141,7 +141,16 @@ def _search(
     return low, count, mass
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "temperature_ptr",
+        "top_k_ptr",
+        "top_p_ptr",
+        "min_p_ptr",
+        "seeds_ptr",
+        "positions_ptr",
+    ]
+)
 def sample_kernel(
     logits_ptr,  # [n, size], rows stride apart
     temperature_ptr,  # [n] float32
@@ -251,7 +260,7 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     argmax_kernel[(n, num_parts)](
         logits, values, indices, stride, size, part_blocks * block, BLOCK=block, **how
     )
-    parts = max(triton.next_power_of_2(num_parts), 2)
+    parts = max(triton.next_power_of_2(num_blocks), 2)
     how = {"OVERLAP": overlap, **launch.options(overlap, num_warps=1)}
     argmax_parts_kernel[(n,)](values, indices, out, num_parts, PARTS=parts, **how)
     return out

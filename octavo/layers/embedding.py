@@ -21,6 +21,10 @@ class Embedding(MatrixLayer):
         vectors = self.method.lookup(self, input_ids)
         return vectors if self.scale == 1.0 else vectors * self.scale
 
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, size] -> [n, vocab_size], in any dtype, ordered as the logits are."""
+        return self(hidden) if self.softcap else self.method.apply(self, hidden, None)
+
     def weight_slots(self, prefix: str) -> dict[str, WeightSlot]:
         return self.method.slots(self, prefix, 0, self.out_features)
 
@@ -67,6 +71,10 @@ class LMHead(MatrixLayer):
         if self.softcap is None:
             return logits
         return torch.tanh(logits / self.softcap) * self.softcap
+
+    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, size] -> [n, vocab_size], in any dtype, ordered as the logits are."""
+        return self(hidden) if self.softcap else self.method.apply(self, hidden, None)
 
     def weight_slots(self, prefix: str) -> dict[str, WeightSlot]:
         return self.method.slots(self, prefix, 0, self.out_features)

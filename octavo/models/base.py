@@ -45,6 +45,10 @@ class CausalLM(nn.Module, ABC):
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden_size] -> [n, vocab_size], float32."""
 
+    def compute_scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As the logits, but of any dtype and scale: all that a greedy choice needs."""
+        return self.compute_logits(hidden)
+
     @abstractmethod
     def weight_slots(self) -> dict[str, WeightSlot]:
         """Every checkpoint tensor that the model wants, by name."""

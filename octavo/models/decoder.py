@@ -125,6 +125,9 @@ class DecoderLM(CausalLM):
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.lm_head(hidden)  # type: ignore[no-any-return]
 
+    def compute_scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.lm_head.scores(hidden)
+
     def weight_slots(self) -> dict[str, WeightSlot]:
         slots = self.embed_tokens.weight_slots("model.embed_tokens")
         for i, layer in enumerate(self.layers):

@@ -138,9 +138,17 @@ class DecodeGraphs:
         result = captured.result[: len(rows)]
         return GraphStep(result, None) if greedy else GraphStep(None, result)
 
-    def capture(self, size: int, *, greedy: bool = True, shared: bool = False) -> _Decode:
+    def rehearse(self, size: int, *, shared: bool = False) -> None:
+        """Run a step of scratch rows without capturing it."""
+        packed = to_device(self._blank(size, shared=shared), self._rows.device)
+        self._step(packed, size, greedy=True)
+
+    def _blank(self, size: int, *, shared: bool) -> npt.NDArray[np.int64]:
         prefix = CommonPrefix(self._rows.scratch, 0, np.empty(0, np.bool_)) if shared else None
-        host = self._pack(size, np.empty(0, np.int32), prefix)
+        return self._pack(size, np.empty(0, np.int32), prefix)
+
+    def capture(self, size: int, *, greedy: bool = True, shared: bool = False) -> _Decode:
+        host = self._blank(size, shared=shared)
         packed = to_device(host, self._rows.device)
         graph, result = self._capturer.capture(lambda: self._step(packed, size, greedy=greedy))
         captured = self._captured[size, greedy, shared] = _Decode(graph, packed, result, host)

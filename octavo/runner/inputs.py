@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from octavo.attention.base import AttentionBatch
 from octavo.runner.rows import DeviceRows, to_device
 from octavo.sched.plan import StepPlan
 
-# Keys that are copied out of the cache at once, at most: 268 MB in Qwen3 8B, less than the
+# Keys that are copied out of the cache at once, at most: 201 MB in Qwen3 8B, less than the
 # feed-forward layers of a step with as many tokens take.
-_MAX_GATHERED = 65_536
+MAX_GATHERED = 49_152
 # Copying a key costs about as much as what so many queries gain by it ...
 _MIN_QUERIES_PER_KEY = 512
 # ... and steps with fewer tokens are rather run as graphs, which cannot copy.
@@ -21,8 +22,8 @@ _MIN_GATHER_TOKENS = 2048
 
 
 def is_fresh(plan: StepPlan) -> bool:
-    """Whether no chunk has a context."""
-    return not plan.starts[plan.num_decodes :].any()
+    """Whether there are chunks and none has a context."""
+    return len(plan.token_ids) > 0 and not plan.starts[plan.num_decodes :].any()
 
 
 def count_gathered(plan: StepPlan) -> int:
@@ -33,7 +34,7 @@ def count_gathered(plan: StepPlan) -> int:
     keys = plan.starts[plan.num_decodes :] + lens
     num_keys = int(keys.sum())
     pays = int((lens * keys).sum()) >= _MIN_QUERIES_PER_KEY * num_keys
-    return num_keys if pays and num_keys <= _MAX_GATHERED else 0
+    return num_keys if pays and num_keys <= MAX_GATHERED else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,11 @@ class StepInputs:
     seq_lens: torch.Tensor  # [num_seqs] int64, positions computed once this pass has run
 
 
+def _starts(lens: torch.Tensor) -> torch.Tensor:
+    """[n] -> [n + 1] int32: where each would begin if they lay one after the other."""
+    return F.pad(lens.cumsum(0), (1, 0)).to(torch.int32)
+
+
 def build_inputs(plan: StepPlan, rows: DeviceRows, block_size: int) -> StepInputs:
     """Everything the host knows goes over in one copy; the rest is gathered on the device."""
     device = rows.block_tables.device
@@ -58,8 +64,6 @@ def build_inputs(plan: StepPlan, rows: DeviceRows, block_size: int) -> StepInput
     seq_index = np.repeat(np.arange(num_seqs), plan.chunk_lens)
     positions = np.arange(num_tokens) - query_starts[seq_index] + plan.starts[seq_index]
     seq_lens = plan.starts + plan.chunk_lens
-    key_starts = np.zeros(num_seqs - num_decodes + 1, np.int64)
-    np.cumsum(seq_lens[num_decodes:], out=key_starts[1:])
     num_keys = count_gathered(plan)
     pieces = (
         plan.rows,
@@ -70,7 +74,6 @@ def build_inputs(plan: StepPlan, rows: DeviceRows, block_size: int) -> StepInput
         plan.rows[plan.samples],
         query_starts,
         seq_lens,
-        key_starts,
     )
     packed = to_device(np.concatenate(pieces).astype(np.int64, copy=False), device)
     (
@@ -82,7 +85,6 @@ def build_inputs(plan: StepPlan, rows: DeviceRows, block_size: int) -> StepInput
         sample_rows,
         device_query_starts,
         device_seq_lens,
-        device_key_starts,
     ) = torch.split(packed, [len(piece) for piece in pieces])
     max_seq_len = int(seq_lens.max())
     max_blocks = -(-max_seq_len // block_size)
@@ -98,7 +100,7 @@ def build_inputs(plan: StepPlan, rows: DeviceRows, block_size: int) -> StepInput
         query_lens=tuple(plan.chunk_lens.tolist()),
         host_seq_lens=tuple(seq_lens.tolist()),
         is_fresh=is_fresh(plan),
-        key_starts=device_key_starts.to(torch.int32) if num_keys else None,
+        key_starts=_starts(device_seq_lens[num_decodes:]) if num_keys else None,
         num_keys=num_keys,
     )
     decode_ids = rows.last_token_ids[seq_rows[:num_decodes]]

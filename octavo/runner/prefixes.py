@@ -10,7 +10,7 @@ import numpy.typing as npt
 from octavo.sched.plan import StepPlan
 
 # Worth a pass of its own: so many rows, and so many positions that are read once instead of by row.
-_MIN_MEMBERS = 8
+MIN_MEMBERS = 8
 _MIN_SAVED = 16_384
 
 
@@ -53,11 +53,11 @@ class PrefixFinder:
         return self._found
 
     def _search(self, rows: npt.NDArray[np.int32]) -> CommonPrefix | None:
-        if len(rows) < _MIN_MEMBERS:
+        if len(rows) < MIN_MEMBERS:
             return None
         first = self._tables[rows, 0]
         ids, counts = np.unique(first, return_counts=True)
-        if counts.max() < _MIN_MEMBERS:
+        if counts.max() < MIN_MEMBERS:
             return None
         leader = int(rows[np.argmax(first == ids[np.argmax(counts)])])
         # The last block may still be written to: it is never shared.
@@ -69,7 +69,7 @@ class PrefixFinder:
         ordered = np.sort(lengths)[::-1]
         saved = ordered * np.arange(len(ordered)) * self._block_size
         best = int(np.argmax(saved))
-        if best + 1 < _MIN_MEMBERS or saved[best] < _MIN_SAVED:
+        if best + 1 < MIN_MEMBERS or saved[best] < _MIN_SAVED:
             return None
         num_blocks = int(ordered[best])
         return CommonPrefix(leader, num_blocks * self._block_size, lengths >= num_blocks)

@@ -17,6 +17,12 @@ def to_device(array: npt.NDArray[np.generic], device: torch.device) -> torch.Ten
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned memory, without waiting: it is there when the device has come so far."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
 class DeviceRows:
     """Permanent rows, written only when a plan says so. One more row than requests may hold, the
     `scratch` row, is for padding: its block table is all zeros, and block 0 belongs to nobody.

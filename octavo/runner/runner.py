@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -17,6 +17,7 @@ from octavo.attention import get_backend
 from octavo.attention.base import AttentionBatch, KVLayer
 from octavo.attention.context import ForwardContext
 from octavo.config import EngineConfig
+from octavo.kernels import launch
 from octavo.kernels.argmax import argmax
 from octavo.kernels.cpu import library
 from octavo.kernels.cpu.ops import in_charge
@@ -26,11 +27,11 @@ from octavo.quant import quantize, stack_layers
 from octavo.runner import memory, prompt_logprobs
 from octavo.runner.chunk_graphs import ChunkGraphs, StepSize
 from octavo.runner.graphs import Capturer, DecodeGraphs, GraphStep, StepModel
-from octavo.runner.inputs import build_inputs, count_gathered
+from octavo.runner.inputs import MAX_GATHERED, build_inputs, count_gathered
 from octavo.runner.kv import allocate_kv, block_bytes
-from octavo.runner.prefixes import PrefixFinder
+from octavo.runner.prefixes import MIN_MEMBERS, PrefixFinder
 from octavo.runner.prompt_logprobs import PromptLogprobs
-from octavo.runner.rows import DeviceRows, to_device
+from octavo.runner.rows import DeviceRows, to_device, to_host
 from octavo.runner.sampler import SampledLogprobs, Sampler
 from octavo.sched.plan import StepPlan, StepResult
 from octavo.weights.loader import load_weights
@@ -38,8 +39,9 @@ from octavo.weights.loader import load_weights
 # Captured before the first request; the other sizes follow while the engine is idle or on demand.
 _FIRST_DECODES = (1, 4)  # rows
 _FIRST_CHUNKS = (64, 512)  # tokens, of up to 4 sequences
-# Decode sizes between which kernels differ: splits of the context, and how small products are made.
-_COMPILED_DECODES = (1, 2, 3, 4, 8, 16, 32, 128)
+# Decode sizes between which kernels differ: how contexts are cut, and how small products are made.
+_COMPILED_DECODES = (1, 2, 3, 4, 8, 32, 64, 128, 512)
+_COMPILED_SHARED = (MIN_MEMBERS, 128)
 # Graphs keep their activations: those of a chunk may take so much, by its widest layer.
 _CHUNK_GRAPH_BYTES = 128 << 20
 # Rows whose logits exist at once: 256 x 152k x (2 + 4) bytes = 233 MB.
@@ -142,26 +144,31 @@ class ModelRunner:
         self._prefixes = PrefixFinder(runner.max_num_seqs, max_blocks, block_size)
 
     def _compile_kernels(self) -> None:
-        """Run a step of each size that kernels are compiled for, all at once: most of a
-        compilation happens outside Python, so threads share it.
-        """
+        """Go through a step of each kind that kernels are compiled for, launching none."""
         if self._device.type == "cpu":
             return
         self._allocate(1)
+        if self._backend.name != "triton":
+            return
         runner = self._config.runner
-        last = runner.max_model_len - 1
-        sizes = [size for size in _COMPILED_DECODES if size <= runner.max_num_seqs]
-        chunk_len = min(runner.max_num_batched_tokens, runner.max_model_len)
-        plans = [_warm_up_plan(1, chunk_len), _warm_up_plan(1, min(16, chunk_len))]
-        plans += [_warm_up_plan(size, 1, start=last, num_decodes=size) for size in sizes]
-        with ThreadPoolExecutor(len(plans)) as pool:
-            list(pool.map(self._run_in_thread, plans))
+        longest = min(runner.max_num_batched_tokens, runner.max_model_len // 2)
+        lens = sorted({min(16, longest), min(512, longest), longest})
+        plans = [_warm_up_plan(1, n, start=start) for n in lens for start in (0, n)]
+        decodes, _ = self._new_graphs()
+        sizes = [(size, False) for size in _COMPILED_DECODES]
+        sizes += [(size, True) for size in _COMPILED_SHARED]
+        steps: list[Callable[[], object]] = [
+            partial(decodes.rehearse, size, shared=shared)
+            for size, shared in sizes
+            if size <= runner.max_num_seqs
+        ]
+        steps += [partial(self._run, plan) for plan in plans]
+        steps.append(self._sampler.rehearse)
+        with launch.compiling():
+            for step in steps:
+                step()
+                self._rows.last_token_ids.zero_()  # what was never launched left no token
         self._platform.synchronize()
-
-    def _run_in_thread(self, plan: StepPlan) -> None:
-        with torch.inference_mode():  # both are per thread
-            torch.cuda.set_device(self._device)
-            self._run(plan).wait()
 
     def _warm_up(self) -> int:
         """Run the largest steps on a cache of one block; the bytes that they need."""
@@ -171,6 +178,8 @@ class ModelRunner:
         chunk_len = min(runner.max_num_batched_tokens, runner.max_model_len)
         num_rows = min(runner.max_num_seqs, runner.max_num_batched_tokens // chunk_len)
         self._run(_warm_up_plan(num_rows, chunk_len)).wait()
+        num_keys = max(min(MAX_GATHERED, runner.max_model_len), chunk_len)
+        self._run(_warm_up_plan(1, chunk_len, start=num_keys - chunk_len)).wait()
         self._run(_warm_up_plan(runner.max_num_seqs, 1)).wait()
         if self._uses_graphs:
             decodes, chunks = self._new_graphs()
@@ -347,7 +356,7 @@ class ModelRunner:
     def _pick_greedily(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden_size] -> the most likely tokens, [n] int64."""
         pieces = torch.split(hidden, _LOGITS_PIECE)
-        return torch.cat([argmax(self._model.compute_logits(piece)) for piece in pieces])
+        return torch.cat([argmax(self._model.compute_scores(piece)) for piece in pieces])
 
     def _pending(
         self,
@@ -357,8 +366,12 @@ class ModelRunner:
     ) -> PendingStep:
         if self._device.type == "cpu":
             return PendingStep(token_ids, logprobs, prompt_results)
-        host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
-        host.copy_(token_ids, non_blocking=True)
+        host = to_host(token_ids)
+        logprobs = [reported.on_its_way() for reported in logprobs]
+        prompt_results = {
+            row: [reported.on_its_way() for reported in pieces]
+            for row, pieces in prompt_results.items()
+        }
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         return PendingStep(host, logprobs, prompt_results, done)

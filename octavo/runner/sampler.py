@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from octavo.kernels import launch
 from octavo.kernels.argmax import argmax
 from octavo.runner.penalties import RowConstraints, make_constraints
 from octavo.runner.random import uniforms
-from octavo.runner.rows import to_device
+from octavo.runner.rows import to_device, to_host
 from octavo.sched.plan import RowAdmission
 from octavo.types import TokenLogprobs
 
@@ -26,7 +27,7 @@ _NUM_CANDIDATES = 256
 
 @dataclass(frozen=True, slots=True)
 class SampledLogprobs:
-    """Raw log-probabilities of some rows, still on the device."""
+    """Raw log-probabilities of some rows, on the device or on their way to the host."""
 
     rows: tuple[int, ...]
     num_top: tuple[int, ...]  # per row, how many of the most likely tokens it wants
@@ -34,12 +35,17 @@ class SampledLogprobs:
     logprobs: torch.Tensor  # [n, 1 + most] float32
     ranks: torch.Tensor  # [n] int64
 
+    def on_its_way(self) -> SampledLogprobs:
+        """A copy that is on the host when the device has come so far."""
+        tensors = to_host(self.token_ids), to_host(self.logprobs), to_host(self.ranks)
+        return SampledLogprobs(self.rows, self.num_top, *tensors)
+
     def to_host(self) -> dict[int, TokenLogprobs]:
-        """By row. Waits for the device."""
+        """By row. Waits for the device, if it still has them."""
         return dict(zip(self.rows, self.to_host_list(), strict=True))
 
     def to_host_list(self) -> list[TokenLogprobs]:
-        """In order. Waits for the device."""
+        """In order; as `to_host`."""
         entries = zip(
             self.num_top,
             self.token_ids.tolist(),
@@ -194,6 +200,8 @@ class Sampler:
         greedy = self._temperature[rows] == 0.0
         if greedy.all():
             return argmax(logits)
+        if launch.takes(logits):
+            return self._draw_at_once(logits, rows, positions)
         narrow = ~greedy & ((self._top_k[rows] > 0) | (self._top_p[rows] < 1.0))
         token_ids = torch.empty(len(rows), dtype=torch.int64, device=self._device)
         for mask, draw in (
@@ -212,6 +220,27 @@ class Sampler:
             scaled = part / self._tensor(self._temperature[some])[:, None]
             token_ids[index] = draw(scaled, some, numbers)
         return token_ids
+
+    def rehearse(self) -> None:
+        """Draw once from nothing, for the kernels to be compiled."""
+        logits = torch.zeros((1, self._vocab_size), device=self._device)
+        self._draw_at_once(logits, np.zeros(1, np.int32), np.zeros(1, np.int32))
+
+    def _draw_at_once(
+        self,
+        logits: torch.Tensor,
+        rows: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+    ) -> torch.Tensor:
+        """On a GPU: every kind of row in one launch, without sorting or waiting."""
+        from octavo.kernels import sampling_triton
+
+        whole = self._tensor(np.stack([self._top_k[rows], self._seeds[rows], positions]))
+        parts = self._tensor(
+            np.stack([self._temperature[rows], self._top_p[rows], self._min_p[rows]])
+        )
+        (top_k, seeds, places), (temperature, top_p, min_p) = whole, parts
+        return sampling_triton.sample(logits, temperature, top_k, top_p, min_p, seeds, places)
 
     def _draw_free(
         self, logits: torch.Tensor, rows: npt.NDArray[np.int32], numbers: torch.Tensor

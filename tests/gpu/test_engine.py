@@ -178,7 +178,7 @@ def test_a_thousand_mixed_requests_with_aborts(folder: Path) -> None:
             if (outputs := core.step()) is not None:
                 finished += [finish.request_id for finish in outputs.finished]
         victims = [rng.randrange(1, 1001) for _ in range(2)]
-        finished += [finish.request_id for finish in core.abort(victims)]
+        finished += [finish.request_id for finish in core.abort(victims).finished]
     core.check_integrity()
     core.close()
     assert sorted(finished) == list(range(1, 1001))

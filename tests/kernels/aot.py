@@ -168,7 +168,7 @@ def gemv() -> None:
         plan = gemv_triton.plan(num_tokens, out_features, in_features)
         assert plan is not None
         fused = [Around(norm=weight[0], residual=residual), Around()]
-        if num_tokens <= gemv_triton.MAX_GEMV_TOKENS:
+        if isinstance(plan, gemv_triton.GemvPlan):
             fused.append(Around(activation="silu", residual=residual))
         for around in fused:
             gemv_triton.run(plan, x, weight, None, around)

@@ -19,6 +19,8 @@ def interpreter_takes_new_numpy() -> None:
     """The interpreter of Triton 3.6 turns arrays of one element to int as numpy 2.4 no longer does;
     that of 3.9 squeezes them first, and so does this.
     """
+    if torch.cuda.is_available():
+        return
     interpreter = pytest.importorskip("triton").runtime.interpreter
     original = interpreter._patch_lang_tensor
 
