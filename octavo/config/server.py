@@ -65,6 +65,9 @@ class ServerConfig:
     )
     num_text_threads: int = option(2, "threads that tokenise and render long prompts")
     access_log: bool = option(False, "log every request")
+    log_format: str | None = option(
+        None, "json logs one object a line (default: OCTAVO_LOG_FORMAT, or text)", ("text", "json")
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

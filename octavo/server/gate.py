@@ -5,6 +5,7 @@ an exception becomes a response. Plain ASGI, so that streams pass through untouc
 from __future__ import annotations
 
 import hmac
+import time
 import uuid
 
 from starlette.datastructures import Headers
@@ -37,6 +38,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        began_s = time.monotonic()
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if valid_request_id(given) else uuid.uuid4().hex
@@ -64,7 +66,7 @@ class Gate:
                 raise
             await self.refuse(error, scope, receive, send_with_id)
         finally:
-            self._count(scope, status)
+            self._count(scope, status, time.monotonic() - began_s)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         num_bytes = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
@@ -86,11 +88,19 @@ class Gate:
         self._state.metrics.http_rejections[error.error.code or "invalid_request"] += 1
         await to_response(error)(scope, receive, send)
 
-    def _count(self, scope: Scope, status: int) -> None:
+    def _count(self, scope: Scope, status: int, duration_s: float) -> None:
         label = self._route_labels.get(scope.get("endpoint"), "other")
         self._state.metrics.http_requests[label, status or CLIENT_CLOSED] += 1
         if self._state.config.access_log:
-            logger.info("%s %s %d", scope["method"], scope["path"], status)
+            fields = {
+                "method": scope["method"],
+                "route": label,
+                "status": status,
+                "duration_s": round(duration_s, 6),
+                "client": scope["state"].get("client", ""),
+                "request_id": scope["state"]["request_id"],
+            }
+            logger.info("%s %s %d", scope["method"], scope["path"], status, extra=fields)
 
 
 def header_too_large(max_bytes: int) -> ApiError:
