@@ -11,11 +11,19 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from octavo.types import EngineRequest, Finish, RequestUpdate, StepOutputs
+from octavo.types import (
+    MAX_CHUNKS,
+    Chunk,
+    EngineRequest,
+    Finish,
+    RequestUpdate,
+    StepOutputs,
+)
 
 # Tokens beyond what was received before the engine died, after which a request is past the point of
 # that death: the engine may have been computing the next ones already.
@@ -65,6 +73,16 @@ class Entry:
         self._arrived.set()
         return self._update
 
+    def add_chunk(self, chunk: Chunk) -> None:
+        """Nothing to wake the reader for."""
+        chunks = self._update.chunks
+        if len(chunks) == MAX_CHUNKS:
+            *chunks, last = chunks
+            chunk = Chunk(
+                last.num_tokens + chunk.num_tokens, chunk.end_s, last.step_s + chunk.step_s
+            )
+        self._update.chunks = (*chunks, chunk)
+
     @property
     def is_past(self) -> bool:
         """Has it got further than it had when the engine died?"""
@@ -74,6 +92,8 @@ class Entry:
         """The request as an engine that knows nothing of it must be asked."""
         self.in_engine = True
         self.num_skip = self.num_prompt_logprobs
+        if self.num_deaths:
+            self._update.resumed_s += (time.monotonic(),)
         if not self.token_ids:
             return self.request
         return dataclasses.replace(self.request, output_token_ids=tuple(self.token_ids))
@@ -143,6 +163,10 @@ class Journal:
             if entry is not None and not entry.started:
                 entry.started = True
                 entry.put().started = started
+        for request_id, num_tokens in outputs.chunks:
+            if (entry := entries.get(request_id)) is not None:
+                step_s = outputs.stats.step_s
+                entry.add_chunk(Chunk(num_tokens, time.monotonic(), step_s))
         for request_id, token_id in zip(outputs.request_ids, outputs.token_ids, strict=True):
             if (entry := entries.get(request_id)) is not None:
                 entry.token_ids.append(token_id)
