@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from octavo import env
 from octavo.config.options import from_options, option
@@ -69,6 +70,12 @@ class ServerConfig:
         None, "json logs one object a line (default: OCTAVO_LOG_FORMAT, or text)", ("text", "json")
     )
 
+    otlp_traces_endpoint: str | None = option(
+        None,
+        "URL of a collector that takes OTLP over HTTP, such as http://localhost:4318/v1/traces "
+        "(default: no traces)",
+    )
+
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be between 0 and 65535, not {self.port}.")
@@ -83,6 +90,11 @@ class ServerConfig:
             raise ConfigError("api_key must be a non-empty ASCII string.")
         if self.served_model_name is not None and not self.served_names(""):
             raise ConfigError("served_model_name must hold at least one name.")
+        if self.otlp_traces_endpoint is not None and not _is_http_url(self.otlp_traces_endpoint):
+            raise ConfigError(
+                "otlp_traces_endpoint must be a URL of http or https, such as "
+                f"http://localhost:4318/v1/traces, not {self.otlp_traces_endpoint!r}."
+            )
 
     @classmethod
     def from_options(cls, **options: Any) -> ServerConfig:
@@ -109,3 +121,11 @@ class ServerConfig:
 
 def _below(value: int | None, least: int) -> bool:
     return value is not None and value < least
+
+
+def _is_http_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False

@@ -75,13 +75,12 @@ class Entry:
 
     def add_chunk(self, chunk: Chunk) -> None:
         """Nothing to wake the reader for."""
-        chunks = self._update.chunks
-        if len(chunks) == MAX_CHUNKS:
-            *chunks, last = chunks
-            chunk = Chunk(
-                last.num_tokens + chunk.num_tokens, chunk.end_s, last.step_s + chunk.step_s
-            )
-        self._update.chunks = (*chunks, chunk)
+        before = self._update.chunks
+        if len(before) == MAX_CHUNKS:
+            before, last = before[:-1], before[-1]
+            num_tokens, step_s = last.num_tokens + chunk.num_tokens, last.step_s + chunk.step_s
+            chunk = Chunk(num_tokens, chunk.end_s, step_s)
+        self._update.chunks = (*before, chunk)
 
     @property
     def is_past(self) -> bool:

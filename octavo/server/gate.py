@@ -16,6 +16,7 @@ from octavo.server.connection import ClientDisconnectedError
 from octavo.server.errors import ApiError, as_api_error, to_response
 from octavo.server.params import valid_request_id
 from octavo.server.state import ServerState
+from octavo.server.tracing import NO_TRACE
 
 # Every other route needs the API key, if one is set: probes carry no credentials.
 OPEN_ROUTES = frozenset({"/health", "/livez", "/readyz", "/version"})
@@ -55,9 +56,11 @@ class Gate:
                 ]
             await send(message)
 
+        trace = NO_TRACE
         try:
             self._admit(scope, headers)
-            await self._app(scope, receive, send_with_id)
+            trace = self._state.tracing.begin(scope)
+            await self._app(scope, receive, trace.watch_send(send_with_id))
         except ClientDisconnectedError:
             status = CLIENT_CLOSED
         except Exception as exc:
@@ -67,6 +70,7 @@ class Gate:
             await self.refuse(error, scope, receive, send_with_id)
         finally:
             self._count(scope, status, time.monotonic() - began_s)
+            trace.end(self._label(scope), status or CLIENT_CLOSED)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         num_bytes = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
@@ -88,8 +92,11 @@ class Gate:
         self._state.metrics.http_rejections[error.error.code or "invalid_request"] += 1
         await to_response(error)(scope, receive, send)
 
+    def _label(self, scope: Scope) -> str:
+        return self._route_labels.get(scope.get("endpoint"), "other")
+
     def _count(self, scope: Scope, status: int, duration_s: float) -> None:
-        label = self._route_labels.get(scope.get("endpoint"), "other")
+        label = self._label(scope)
         self._state.metrics.http_requests[label, status or CLIENT_CLOSED] += 1
         if self._state.config.access_log:
             fields = {

@@ -14,6 +14,7 @@ from octavo.errors import EngineDeadError
 from octavo.server.app import create_app
 from octavo.server.run import bind, serve
 from octavo.server.state import ServerState, sampling_defaults
+from octavo.server.tracing import open_tracing
 from octavo.text.chat_template import ChatTemplate
 from octavo.text.tokenizer import Tokenizer
 
@@ -34,6 +35,8 @@ async def run_server(
         OctavoError: the address is taken, the model cannot be loaded, the engine has died, ...
     """
     sock = bind(config)
+    names = config.served_names(args.model)
+    tracing = open_tracing(config, names[0])
     checkpoint = await asyncio.to_thread(
         locate,
         args.model,
@@ -59,8 +62,9 @@ async def run_server(
             generation_defaults=sampling_defaults(checkpoint.generation_config)
             if use_model_defaults
             else {},
-            served_model_names=config.served_names(args.model),
+            served_model_names=names,
             config=config,
+            tracing=tracing,
         )
         url = f"http://{config.host}:{sock.getsockname()[1]}"
         # Without an engine, and without hope of another, it answers nothing: end.

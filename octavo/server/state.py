@@ -17,6 +17,7 @@ from octavo.errors import ConfigError, InvalidRequestError
 from octavo.server.admission import Admission
 from octavo.server.errors import model_not_found
 from octavo.server.metrics import QueueMetrics, ServerMetrics
+from octavo.server.tracing import Tracing
 from octavo.text.chat_template import ChatTemplate
 from octavo.text.prepare import Limits
 from octavo.text.tokenizer import Tokenizer
@@ -62,6 +63,7 @@ class ServerState:
     generation_defaults: Mapping[str, Any]
     served_model_names: tuple[str, ...]
     config: ServerConfig
+    tracing: Tracing = field(default_factory=Tracing)
     limits: Limits = field(init=False)
     admission: Admission = field(init=False)
     metrics: ServerMetrics = field(init=False)
@@ -118,4 +120,5 @@ class ServerState:
         self.engine.abort(list(self.live))
 
     def close(self) -> None:
+        self.tracing.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
