@@ -19,7 +19,7 @@ from typing import ClassVar, Self
 
 import msgspec
 
-from octavo import errors
+from octavo import env, errors
 from octavo.checkpoint import Checkpoint
 from octavo.config import EngineArgs
 from octavo.engine.channel import Channel
@@ -35,7 +35,7 @@ from octavo.engine.messages import (
 )
 from octavo.engine.tape import Span, Tape
 from octavo.errors import EngineDeadError, EngineError, OctavoError
-from octavo.log import get_logger
+from octavo.log import Format, get_logger
 from octavo.types import EngineInfo
 
 logger = get_logger(__name__)
@@ -63,13 +63,14 @@ class EngineProcess:
 
     command: ClassVar[tuple[str, ...]] = (sys.executable, "-m", "octavo.engine.process")
 
-    def __init__(self, crash_dir: Path | None = None) -> None:
+    def __init__(self, crash_dir: Path | None = None, log_format: Format = "text") -> None:
         """With `crash_dir`, the child's last steps are kept, and dumped there on its death.
 
         Raises:
             OSError: there are too many files or processes.
         """
         self._crash_dir = crash_dir
+        self._log_format: Format = log_format
         self._tape: Tape | None = None
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
@@ -77,7 +78,10 @@ class EngineProcess:
                 self._tape = Tape() if crash_dir is not None else None
                 fds = [theirs.fileno(), *(self._tape.fds if self._tape else ())]
                 self.process = subprocess.Popen(
-                    [*self.command, *map(str, fds)], pass_fds=fds, stdin=subprocess.DEVNULL
+                    [*self.command, *map(str, fds)],
+                    pass_fds=fds,
+                    stdin=subprocess.DEVNULL,
+                    env=env.with_values(OCTAVO_LOG_FORMAT=log_format),
                 )
             except BaseException:
                 self._release()
@@ -85,7 +89,7 @@ class EngineProcess:
 
     def another(self) -> Self:
         """A fresh process of the same kind."""
-        return type(self)(self._crash_dir)
+        return type(self)(self._crash_dir, self._log_format)
 
     def stop(self) -> None:
         """End the child, by force if it must be."""

@@ -11,12 +11,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from array import array
 from collections import deque
 from collections.abc import Iterator, Mapping
 
 from octavo.engine.tape import Span
-from octavo.types import EngineRequest, Finish, RequestUpdate, StepOutputs
+from octavo.types import (
+    MAX_CHUNKS,
+    Chunk,
+    EngineRequest,
+    Finish,
+    RequestUpdate,
+    StepOutputs,
+)
 
 # Tokens beyond those received before the engine died, after which a request is past the point of
 # that death: the engine is ahead of what has been received by the step that it is in, and by those
@@ -68,6 +76,15 @@ class Entry:
         self._arrived.set()
         return self._update
 
+    def add_chunk(self, chunk: Chunk) -> None:
+        """Nothing to wake the reader for."""
+        before = self._update.chunks
+        if len(before) == MAX_CHUNKS:
+            before, last = before[:-1], before[-1]
+            num_tokens, step_s = last.num_tokens + chunk.num_tokens, last.step_s + chunk.step_s
+            chunk = Chunk(num_tokens, chunk.end_s, step_s)
+        self._update.chunks = (*before, chunk)
+
     @property
     def is_past(self) -> bool:
         """Has it got further than it had when the engine died?"""
@@ -77,6 +94,8 @@ class Entry:
         """The request as an engine that knows nothing of it must be asked."""
         self.in_engine = True
         self.num_skip = self.num_prompt_logprobs
+        if self.num_deaths:
+            self._update.resumed_s += (time.monotonic(),)
         if not self.token_ids:
             return self.request
         return dataclasses.replace(self.request, output_token_ids=tuple(self.token_ids))
@@ -149,6 +168,10 @@ class Journal:
             if entry is not None and not entry.started:
                 entry.started = True
                 entry.put().started = started
+        for request_id, num_tokens in outputs.chunks:
+            if (entry := entries.get(request_id)) is not None:
+                step_s = outputs.stats.step_s
+                entry.add_chunk(Chunk(num_tokens, time.monotonic(), step_s))
         for request_id, token_id in zip(outputs.request_ids, outputs.token_ids, strict=True):
             if (entry := entries.get(request_id)) is not None:
                 entry.token_ids.append(token_id)

@@ -249,7 +249,6 @@ class Supervisor:
         if self._num_isolated > _MAX_ISOLATED:
             # Nobody has got on since the first of them: no killer, but a broken engine.
             self._num_failures = self._patience.max_restarts + _TRIALS + 1
-            self._journal.add(killer.request)
             return
         self.counts.num_isolated += 1
         logger.error("request %d has ended the engine twice and is given up", request_id)
