@@ -82,16 +82,12 @@ class Stopwatch:
         self.total_s = 0.0
         self.num_pieces = 0
 
-    @contextmanager
-    def piece(self) -> Iterator[None]:
-        begin_s = time.monotonic()
+    def add(self, begin_s: float) -> None:
+        """A piece that ends now."""
         if not self.num_pieces:
             self.first_s = begin_s
-        try:
-            yield
-        finally:
-            self.total_s += time.monotonic() - begin_s
-            self.num_pieces += 1
+        self.total_s += time.monotonic() - begin_s
+        self.num_pieces += 1
 
 
 class WatchedStream:
@@ -120,8 +116,10 @@ class WatchedAssembler:
         logprobs: Sequence[TokenLogprobs] = (),
         finish: Finish | None = None,
     ) -> OutputDelta:
-        with self._stopwatch.piece():
-            return self._assembler.push(token_ids, logprobs, finish)
+        begin_s = time.monotonic()
+        delta = self._assembler.push(token_ids, logprobs, finish)
+        self._stopwatch.add(begin_s)
+        return delta
 
 
 class OtelTrace(Trace):
@@ -139,8 +137,11 @@ class OtelTrace(Trace):
 
     @contextmanager
     def tokenising(self) -> Iterator[None]:
-        with self._tokenise.piece():
+        begin_s = time.monotonic()
+        try:
             yield
+        finally:
+            self._tokenise.add(begin_s)
 
     def watch(self, generation: Generation) -> None:
         self._submitted_s = time.monotonic()
@@ -154,8 +155,9 @@ class OtelTrace(Trace):
 
     def watch_send(self, send: Send) -> Send:
         async def watched(message: Message) -> None:
-            with self._send.piece():
-                await send(message)
+            begin_s = time.monotonic()
+            await send(message)
+            self._send.add(begin_s)
 
         return watched
 
