@@ -177,7 +177,7 @@ def test_each_start_in_another_engine_is_told() -> None:
     entry = journal.add(request(1))
     journal.admit()[0].enter()
     for _ in range(2):
-        assert journal.bury() is None
+        assert journal.bury(None) is None
         journal.admit()[0].enter()
         journal.record(StepOutputs(request_ids=[1] * 9, token_ids=[5] * 9))
     first, second = take(entry).resumed_s
