@@ -8,12 +8,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from octavo.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class Variable:
     name: str
     default: str
     meaning: str
+    choices: tuple[str, ...] = ()
 
 
 VARIABLES: dict[str, Variable] = {
@@ -24,7 +27,13 @@ VARIABLES: dict[str, Variable] = {
             "",
             "folder for converted models and caches (default: the user's cache folder)",
         ),
-        Variable("OCTAVO_LOG_LEVEL", "INFO", "DEBUG, INFO, WARNING or ERROR"),
+        Variable(
+            "OCTAVO_LOG_LEVEL",
+            "INFO",
+            "least level that is logged",
+            ("DEBUG", "INFO", "WARNING", "ERROR"),
+        ),
+        Variable("OCTAVO_LOG_FORMAT", "text", "json logs one object a line", ("text", "json")),
         Variable("OCTAVO_API_KEY", "", "API key that the server asks for; --api-key wins"),
         Variable("OCTAVO_SSL_KEYFILE_PASSWORD", "", "opens the file of --ssl-keyfile"),
         Variable("XDG_CACHE_HOME", "", "the user's cache folder, as the XDG standard has it"),
@@ -36,8 +45,25 @@ VARIABLES: dict[str, Variable] = {
 
 
 def get(name: str) -> str:
-    """The variable's value, or its default. KeyError for one that is not in the table."""
-    return os.environ.get(name) or VARIABLES[name].default
+    """The variable's value, or its default. KeyError for one that is not in the table.
+
+    Raises:
+        ConfigError: the value is not one of its choices.
+    """
+    variable = VARIABLES[name]
+    value = os.environ.get(name) or variable.default
+    if not variable.choices:
+        return value
+    for choice in variable.choices:
+        if choice.lower() == value.lower():
+            return choice
+    raise ConfigError(f"{name} must be one of {', '.join(variable.choices)}, not {value!r}.")
+
+
+def with_values(**values: str) -> dict[str, str]:
+    """This process's environment with some variables of the table set: for a child."""
+    assert values.keys() <= VARIABLES.keys()
+    return {**os.environ, **values}
 
 
 def calm_openmp() -> None:

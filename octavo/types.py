@@ -21,6 +21,7 @@ MAX_N = 128
 MAX_STOP_STRINGS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 512
+MAX_CHUNKS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +267,7 @@ class StepOutputs:
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(
         default_factory=dict
     )  # next prompt positions
+    chunks: list[tuple[int, int]] = field(default_factory=list)  # request_id, tokens of its prompt
     started: list[Started] = field(default_factory=list)
     finished: list[Finish] = field(default_factory=list)
     stats: StepStats = field(default_factory=StepStats)
@@ -355,6 +357,15 @@ class EngineCounts:
     last_recovery_s: float = 0.0  # from a death to the next process's being ready
 
 
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A part of a prompt, or of what must be computed again, that one step ran."""
+
+    num_tokens: int
+    end_s: float  # time.monotonic()
+    step_s: float  # duration of the step, which ran other requests, too
+
+
 @dataclass(slots=True)
 class RequestUpdate:
     """What a request received since its reader last looked: tokens merge, so a slow reader costs
@@ -364,5 +375,7 @@ class RequestUpdate:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # one per token, if asked for
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    chunks: tuple[Chunk, ...] = ()  # at most MAX_CHUNKS; what is more counts as part of the last
+    resumed_s: tuple[float, ...] = ()  # time.monotonic() of each start in another engine
     started: Started | None = None
     finish: Finish | None = None

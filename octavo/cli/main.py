@@ -12,7 +12,7 @@ from typing import Protocol
 
 import octavo
 from octavo import log
-from octavo.errors import OctavoError
+from octavo.errors import ConfigError, OctavoError
 
 
 class Command(Protocol):
@@ -52,13 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             command_parser.set_defaults(run=command.run)
     namespace = parser.parse_args(arguments)
     try:
-        log.setup_logging()
-    except ValueError as error:
-        parser.error(f"OCTAVO_LOG_LEVEL: {error}")
+        process: log.Process = "server" if chosen == "serve" else "octavo"
+        log.setup_logging(process, getattr(namespace, "log_format", None))
+    except ConfigError as error:
+        parser.error(str(error))
     try:
         return int(namespace.run(namespace))
     except OctavoError as error:
-        print(f"octavo: {error}", file=sys.stderr)
+        log.get_console().error("%s", error)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)

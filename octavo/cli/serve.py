@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 import time
 
+from octavo import log
 from octavo.cli.flags import add_config_file, add_options, split_options
 from octavo.config import EngineArgs
 from octavo.config.server import ServerConfig
@@ -33,8 +33,9 @@ def run(namespace: argparse.Namespace) -> int:
     engine_options, server_options = split_options(namespace, EngineArgs, ServerConfig)
     args = EngineArgs.from_options(**engine_options)
     config = ServerConfig.from_options(**server_options)
+    log_format = log.setup_logging("server", config.log_format)  # it may come from a file
     # First of all, as it imports torch while this process prepares its own side.
-    process = EngineProcess(config.crash_folder)
+    process = EngineProcess(config.crash_folder, log_format)
     try:
         num_cut = asyncio.run(_serve(process, args, config, start_s))
     finally:
@@ -54,6 +55,6 @@ async def _serve(
 
     def announce(name: str, url: str) -> None:
         seconds = time.monotonic() - start_s
-        print(f"octavo: {name} is ready on {url}/v1 after {seconds:.1f} s", file=sys.stderr)
+        log.get_console().info("%s is ready on %s/v1 after %.1f s", name, url, seconds)
 
     return await run_server(process, args, config, announce)

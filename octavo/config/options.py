@@ -55,7 +55,7 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     if not isinstance(value, allowed) or (isinstance(value, bool) and "bool" not in names):
         raise ConfigError(f"Option {field.name!r} takes {' or '.join(names)}, not {value!r}.")
     choices = field.metadata["choices"]
-    if choices and value not in choices:
+    if choices and value is not None and value not in choices:
         raise ConfigError(
             f"Option {field.name!r} must be one of {', '.join(choices)}, not {value!r}."
         )

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from octavo import env
 from octavo.config.options import from_options, option
@@ -95,6 +96,15 @@ class ServerConfig:
     )
     num_text_threads: int = option(2, "threads that tokenise and render long prompts")
     access_log: bool = option(False, "log every request")
+    log_format: str | None = option(
+        None, "json logs one object a line (default: OCTAVO_LOG_FORMAT, or text)", ("text", "json")
+    )
+
+    otlp_traces_endpoint: str | None = option(
+        None,
+        "URL of a collector that takes OTLP over HTTP, such as http://localhost:4318/v1/traces "
+        "(default: no traces)",
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -119,6 +129,11 @@ class ServerConfig:
                     f"allowed_origins holds {origin!r}; write each as a browser sends it, such as "
                     "https://chat.example:8443, in small letters and without a path or wildcard."
                 )
+        if self.otlp_traces_endpoint is not None and not _is_http_url(self.otlp_traces_endpoint):
+            raise ConfigError(
+                "otlp_traces_endpoint must be a URL of http or https, such as "
+                f"http://localhost:4318/v1/traces, not {self.otlp_traces_endpoint!r}."
+            )
         self._check_admin()
         self._check_tls()
 
@@ -179,3 +194,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _is_http_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False

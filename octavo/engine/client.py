@@ -5,8 +5,8 @@ torch.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
+import math
 import signal
 import socket
 import subprocess
@@ -19,11 +19,11 @@ from typing import ClassVar, Self
 
 import msgspec
 
-from octavo import errors
+from octavo import env, errors
 from octavo.checkpoint import Checkpoint
 from octavo.config import EngineArgs
+from octavo.engine.channel import Channel
 from octavo.engine.messages import (
-    HEADER_BYTES,
     Configure,
     Failed,
     Ping,
@@ -32,20 +32,17 @@ from octavo.engine.messages import (
     Shutdown,
     ToEngine,
     ToServer,
-    encode_frame,
-    frame_length,
-    to_server_decoder,
 )
-from octavo.engine.tape import Tape
+from octavo.engine.tape import Span, Tape
 from octavo.errors import EngineDeadError, EngineError, OctavoError
-from octavo.log import get_logger
+from octavo.log import Format, get_logger
 from octavo.types import EngineInfo
 
 logger = get_logger(__name__)
 
 _SHUTDOWN_S = 5.0
 _START_PING_S = 2.0
-_START_SILENCE_S = 60.0  # imports from a cold disk hold up even the thread that answers
+START_SILENCE_S = 60.0  # imports from a cold disk hold up even the thread that answers
 _DUMP_S = 0.5  # that an engine has to write its stacks before it is killed
 
 
@@ -54,7 +51,7 @@ class Death:
     """The end of an engine process."""
 
     cause: str
-    in_flight: set[int]  # ids of the requests in its last steps; empty if that is not known
+    in_flight: dict[int, Span] | None  # what its last steps computed; None if that is not known
 
 
 class EngineProcess:
@@ -66,20 +63,25 @@ class EngineProcess:
 
     command: ClassVar[tuple[str, ...]] = (sys.executable, "-m", "octavo.engine.process")
 
-    def __init__(self, crash_dir: Path | None = None) -> None:
+    def __init__(self, crash_dir: Path | None = None, log_format: Format = "text") -> None:
         """With `crash_dir`, the child's last steps are kept, and dumped there on its death.
 
         Raises:
             OSError: there are too many files or processes.
         """
         self._crash_dir = crash_dir
-        self._tape = Tape() if crash_dir is not None else None
+        self._log_format: Format = log_format
+        self._tape: Tape | None = None
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        fds = [theirs.fileno(), *(self._tape.fds if self._tape else ())]
         with theirs:
             try:
+                self._tape = Tape() if crash_dir is not None else None
+                fds = [theirs.fileno(), *(self._tape.fds if self._tape else ())]
                 self.process = subprocess.Popen(
-                    [*self.command, *map(str, fds)], pass_fds=fds, stdin=subprocess.DEVNULL
+                    [*self.command, *map(str, fds)],
+                    pass_fds=fds,
+                    stdin=subprocess.DEVNULL,
+                    env=env.with_values(OCTAVO_LOG_FORMAT=log_format),
                 )
             except BaseException:
                 self._release()
@@ -87,50 +89,54 @@ class EngineProcess:
 
     def another(self) -> Self:
         """A fresh process of the same kind."""
-        return type(self)(self._crash_dir)
+        return type(self)(self._crash_dir, self._log_format)
 
     def stop(self) -> None:
         """End the child, by force if it must be."""
-        self.sock.close()  # which tells it to end
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(_SHUTDOWN_S)
-        self.kill()
+        self._reap()
+        self._release()
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
-        self._release()
+        self.stop()
 
-    def bury(self, cause: Callable[[int | None], str]) -> Death:
-        """See the child to its end, which has begun, and dump its last steps. `cause` makes words
-        of the exit status.
+    def _reap(self) -> None:
+        """Wait for the end of the child, which a closed socket tells to end. One that even a kill
+        does not end (it waits for a driver) is left behind.
         """
         self.sock.close()
         try:
             self.process.wait(_SHUTDOWN_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
-        words = cause(self.process.returncode)
-        in_flight = self._dump(words)
-        self._release()
-        return Death(words, in_flight)
+            try:
+                self.process.wait(_SHUTDOWN_S)
+            except subprocess.TimeoutExpired:
+                logger.error("process %d cannot be killed and is left behind", self.process.pid)
 
-    def _dump(self, cause: str) -> set[int]:
-        if self._tape is None or self._crash_dir is None:
-            return set()
+    def autopsy(self, cause: Callable[[int | None], str]) -> Death:
+        """See the child to its end, which has begun. `cause` makes words of its exit status."""
+        self._reap()
+        return Death(cause(self.process.returncode), self._in_flight())
+
+    def _in_flight(self) -> dict[int, Span] | None:
         try:
-            path = self._tape.dump(self._crash_dir, cause)
-        except OSError as error:
-            logger.warning("no flight recording of the dead engine: %s", error)
-        else:
-            if path is not None:
-                logger.error("the engine's last steps are in %s; see `octavo replay`", path)
-        try:
-            return self._tape.in_flight()
+            return self._tape.in_flight() if self._tape is not None else None
         except (msgspec.MsgspecError, KeyError) as error:  # it may have died of bad memory
             logger.warning("the flight recording makes no sense: %s", error)
-            return set()
+            return None
+
+    def dump(self, cause: str) -> None:
+        """Write the dead child's last steps to `crash_dir`, and let go of it."""
+        try:
+            if self._tape is not None and self._crash_dir is not None:
+                path = self._tape.dump(self._crash_dir, cause)
+                if path is not None:
+                    logger.error("the engine's last steps are in %s; see `octavo replay`", path)
+        except OSError as error:
+            logger.warning("no flight recording of the dead engine: %s", error)
+        finally:
+            self._release()
 
     def _release(self) -> None:
         self.sock.close()
@@ -148,125 +154,145 @@ class Connection:
     def __init__(
         self,
         process: EngineProcess,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
+        channel: Channel,
         info: EngineInfo,
     ) -> None:
         self.info = info
         self._process = process
-        self._reader = reader
-        self._writer = writer
+        self._channel = channel
         self._killed: str | None = None
+        self._gave_up = asyncio.Event()
 
     @classmethod
     async def open(
-        cls, process: EngineProcess, args: EngineArgs, checkpoint: Checkpoint
+        cls,
+        process: EngineProcess,
+        args: EngineArgs,
+        checkpoint: Checkpoint,
+        *,
+        limit_s: float = math.inf,
+        silence_s: float = START_SILENCE_S,
     ) -> Connection:
         """Tell the process what to run and wait until it is ready.
+
+        Args:
+            limit_s: how long that may take.
+            silence_s: how long it may leave a ping unanswered meanwhile.
 
         Raises:
             OctavoError: what kept the engine from starting; the process has been stopped.
         """
-        writer: asyncio.StreamWriter | None = None
+        channel = Channel(process.sock)
         try:
-            reader, writer = await asyncio.open_connection(sock=process.sock)
             bare = dataclasses.replace(
                 checkpoint, tokenizer_json=None, tokenizer_config={}, chat_template=None
             )  # the engine deals in tokens
-            writer.write(encode_frame(Configure(args, bare)))
-            message = await _first_message(reader, writer)
+            channel.send(Configure(args, bare))
+            message = await _first_message(channel, limit_s, silence_s)
+            if isinstance(message, Ready):
+                return cls(process, channel, message.info)
+            channel.close()
+            await asyncio.to_thread(process.stop)
+            raise _cause(message, process.process.returncode)
         except BaseException:
-            if writer is not None:
-                writer.close()
-            process.kill()
+            channel.close()
+            if process.process.poll() is None:
+                process.dump_stacks()
+            await asyncio.shield(asyncio.to_thread(process.kill))
             raise
-        if isinstance(message, Ready):
-            return cls(process, reader, writer, message.info)
-        writer.close()
-        await asyncio.to_thread(process.stop)
-        raise _cause(message, process.process.returncode)
 
     @property
     def is_open(self) -> bool:
         """False from the moment that the process is seen to end."""
-        return not self._writer.is_closing()
+        return self._channel.is_open
 
     def send(self, message: ToEngine) -> None:
         """Never blocks; what is said to a process that has ended is lost."""
-        self._writer.write(encode_frame(message))
+        self._channel.send(message)
 
-    async def listen(self, take: Callable[[ToServer], None]) -> Death:
-        """Hand every message to `take` until the process ends."""
-        message: ToServer | None = None
-        nonsense: str | None = None
+    async def listen(self, take: Callable[[ToServer], None]) -> str:
+        """Hand every message to `take` until the process ends, or is given up; returns what it
+        said of that itself, or else nothing.
+        """
+        listening = asyncio.create_task(self._listen(take))
+        given_up = asyncio.create_task(self._gave_up.wait())
         try:
-            while (message := await _receive(self._reader)) is not None:
+            await asyncio.wait((listening, given_up), return_when=asyncio.FIRST_COMPLETED)
+            return listening.result() if listening.done() else ""
+        finally:
+            self._channel.close()
+            for task in (listening, given_up):
+                task.cancel()
+            await asyncio.wait((listening, given_up))
+
+    async def _listen(self, take: Callable[[ToServer], None]) -> str:
+        try:
+            while (message := await self._channel.next()) is not None:
                 if isinstance(message, Failed):
-                    break
+                    return str(_cause(message, None))
                 take(message)
         except Exception as error:
             logger.exception("the engine's messages cannot be taken in")
-            nonsense = f"{type(error).__name__}: {error}"
-            nonsense = f"The engine's messages cannot be taken in: {nonsense}"
-        self._writer.close()
+            return f"The engine's messages cannot be taken in: {type(error).__name__}: {error}"
+        return ""
+
+    async def autopsy(self, last_words: str) -> Death:
+        """What there is to know of the end of the process; waits for it."""
+        killed = self._killed
 
         def cause(returncode: int | None) -> str:
-            return nonsense or self._killed or str(_cause(message, returncode))
+            return killed or last_words or str(_cause(None, returncode))
 
-        return await asyncio.to_thread(self._process.bury, cause)
+        return await asyncio.to_thread(self._process.autopsy, cause)
+
+    async def dump(self, cause: str) -> None:
+        """Write a dead process's last steps down."""
+        await asyncio.to_thread(self._process.dump, cause)
 
     async def kill(self, cause: str) -> None:
-        """Put an end to a process that does not answer; its stacks go to stderr first."""
+        """Put an end to a process that does not answer; its stacks go to stderr first. `listen`
+        returns, whatever the process does.
+        """
         self._killed = cause
         self._process.dump_stacks()
         await asyncio.sleep(_DUMP_S)
         self._process.process.kill()
+        self._gave_up.set()
 
     async def close(self) -> None:
         """Ask the process to end, and see that it does."""
         self.send(Shutdown())
-        self._writer.close()
+        self._channel.close()
         await asyncio.to_thread(self._process.stop)
 
 
-async def _first_message(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-) -> ToServer | None:
-    """What the process says of its start, which takes as long as it takes, provided that it answers
-    pings.
+async def _first_message(channel: Channel, limit_s: float, silence_s: float) -> ToServer | None:
+    """What the process says of its start.
 
     Raises:
-        EngineDeadError: it does not.
+        EngineDeadError: it takes too long, or does not answer pings.
     """
-    receiving = asyncio.create_task(_receive(reader))
-    heard_s = time.monotonic()
+    receiving = asyncio.create_task(channel.next())
+    heard_s = begun_s = time.monotonic()
     try:
         while True:
-            await asyncio.wait((receiving,), timeout=_START_PING_S)
+            await asyncio.wait((receiving,), timeout=min(_START_PING_S, silence_s / 2))
+            now_s = time.monotonic()
             if receiving.done():
                 if not isinstance(message := receiving.result(), Pong):
                     return message
-                heard_s = time.monotonic()
-                receiving = asyncio.create_task(_receive(reader))
-            elif time.monotonic() - heard_s > _START_SILENCE_S:
+                heard_s = now_s
+                receiving = asyncio.create_task(channel.next())
+            if now_s - begun_s > limit_s:
+                raise EngineDeadError(f"The engine was not ready after {limit_s:.0f} s.")
+            if now_s - heard_s > silence_s:
                 raise EngineDeadError(
-                    f"The engine process has not answered for {_START_SILENCE_S:g} s of its start."
+                    f"The engine process has not answered for {silence_s:g} s of its start."
                 )
-            else:
-                writer.write(encode_frame(Ping()))
+            channel.send(Ping())
     finally:
         receiving.cancel()
-
-
-async def _receive(reader: asyncio.StreamReader) -> ToServer | None:
-    """The next message, or None when the process is gone."""
-    try:
-        header = await reader.readexactly(HEADER_BYTES)
-        payload = await reader.readexactly(frame_length(header))
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return None
-    message: ToServer = to_server_decoder.decode(payload)
-    return message
+        await asyncio.wait((receiving,))
 
 
 def _cause(message: ToServer | None, returncode: int | None) -> OctavoError:

@@ -17,7 +17,7 @@ from octavo.kvcache import KVCache
 from octavo.log import get_logger
 from octavo.sched.plan import RowSnapshot, StepPlan, StepResult
 from octavo.sched.scheduler import Scheduler
-from octavo.types import EngineInfo, EngineRequest, StepOutputs
+from octavo.types import EngineInfo, EngineRequest, StepOutputs, StepStats
 
 logger = get_logger(__name__)
 
@@ -85,8 +85,12 @@ class EngineCore:
 
     def abort(self, request_ids: Iterable[int]) -> StepOutputs:
         """End requests now; what is left shows in the gauges."""
-        finished = self._scheduler.abort(request_ids)
-        return StepOutputs(finished=finished, stats=self._scheduler.gauges())
+        return StepOutputs(finished=self._scheduler.abort(request_ids), stats=self.stats)
+
+    @property
+    def stats(self) -> StepStats:
+        """The gauges between two steps."""
+        return self._scheduler.gauges()
 
     def step(self) -> StepOutputs | None:
         """Plan one step and hand it to the device; take in the oldest step if enough are in flight.

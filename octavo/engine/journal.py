@@ -11,15 +11,26 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from array import array
 from collections import deque
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping
 
-from octavo.types import EngineRequest, Finish, RequestUpdate, StepOutputs
+from octavo.engine.tape import Span
+from octavo.types import (
+    MAX_CHUNKS,
+    Chunk,
+    EngineRequest,
+    Finish,
+    RequestUpdate,
+    StepOutputs,
+)
 
-# Tokens beyond what was received before the engine died, after which a request is past the point of
-# that death: the engine may have been computing the next ones already.
+# Tokens beyond those received before the engine died, after which a request is past the point of
+# that death: the engine is ahead of what has been received by the step that it is in, and by those
+# that it has scheduled ahead (none on a CPU, one on a GPU).
 _PAST = 4
+_SLACK = 16  # groups that may have emptied before they are looked through
 _SUSPECT = 2  # deaths without progress between them
 
 
@@ -30,11 +41,11 @@ class Entry:
         "_arrived",
         "_update",
         "in_engine",
-        "is_ending",
         "num_deaths",
         "num_known",
         "num_prompt_logprobs",
         "num_skip",
+        "reached",
         "request",
         "started",
         "token_ids",
@@ -47,9 +58,9 @@ class Entry:
         self.num_skip = 0  # prompt logprobs that the present engine will send again
         self.started = False
         self.in_engine = False
-        self.is_ending = False  # an abort is on its way
-        self.num_deaths = 0  # of engines it was in, without progress between them
+        self.num_deaths = 0  # of engines in a step of its own, without progress between them
         self.num_known = 0  # tokens received when the last of them died
+        self.reached = 0  # position to which that step would have brought it
         self._update = RequestUpdate()
         self._arrived = asyncio.Event()
 
@@ -65,6 +76,15 @@ class Entry:
         self._arrived.set()
         return self._update
 
+    def add_chunk(self, chunk: Chunk) -> None:
+        """Nothing to wake the reader for."""
+        before = self._update.chunks
+        if len(before) == MAX_CHUNKS:
+            before, last = before[:-1], before[-1]
+            num_tokens, step_s = last.num_tokens + chunk.num_tokens, last.step_s + chunk.step_s
+            chunk = Chunk(num_tokens, chunk.end_s, step_s)
+        self._update.chunks = (*before, chunk)
+
     @property
     def is_past(self) -> bool:
         """Has it got further than it had when the engine died?"""
@@ -74,14 +94,20 @@ class Entry:
         """The request as an engine that knows nothing of it must be asked."""
         self.in_engine = True
         self.num_skip = self.num_prompt_logprobs
+        if self.num_deaths:
+            self._update.resumed_s += (time.monotonic(),)
         if not self.token_ids:
             return self.request
         return dataclasses.replace(self.request, output_token_ids=tuple(self.token_ids))
 
-    def die(self) -> None:
-        """The engine has died in a step that it was in."""
-        self.num_deaths = 1 if self.is_past else self.num_deaths + 1
+    def die(self, span: Span | None) -> None:
+        """The engine has died in a step that was to compute these positions of it, if that is
+        known.
+        """
+        was_past = self.is_past if span is None else span[0] >= self.reached
+        self.num_deaths = 1 if was_past else self.num_deaths + 1
         self.num_known = len(self.token_ids)
+        self.reached = 0 if span is None else span[1]
 
 
 class Journal:
@@ -142,6 +168,10 @@ class Journal:
             if entry is not None and not entry.started:
                 entry.started = True
                 entry.put().started = started
+        for request_id, num_tokens in outputs.chunks:
+            if (entry := entries.get(request_id)) is not None:
+                step_s = outputs.stats.step_s
+                entry.add_chunk(Chunk(num_tokens, time.monotonic(), step_s))
         for request_id, token_id in zip(outputs.request_ids, outputs.token_ids, strict=True):
             if (entry := entries.get(request_id)) is not None:
                 entry.token_ids.append(token_id)
@@ -162,24 +192,34 @@ class Journal:
         """The request's terminal message; unknown ids are ignored."""
         if (entry := self._entries.pop(finish.request_id, None)) is not None:
             entry.put().finish = finish
+            if len(self._groups) > 2 * len(self._entries) + _SLACK:
+                groups = [[e for e in group if self._is_live(e)] for group in self._groups]
+                self._groups = deque(group for group in groups if group)
 
-    def bury(self, in_flight: Set[int]) -> Entry | None:
+    def shows_success(self, outputs: StepOutputs) -> bool:
+        """Has a request got past its point, or come to a good end? To be asked before `record`."""
+        entries = (self._entries.get(request_id) for request_id in outputs.request_ids)
+        return any(finish.reason in ("stop", "length") for finish in outputs.finished) or any(
+            entry.is_past for entry in entries if entry is not None
+        )
+
+    def bury(self, in_flight: Mapping[int, Span] | None) -> Entry | None:
         """The engine has died. Its requests wait for `admit`, suspects in halves; the one that is
         found to have killed it is returned instead, for the caller to finish.
 
         Args:
-            in_flight: ids of the requests in the steps that did not end. No other can have killed
-                it; empty if that is not known.
+            in_flight: the requests in the steps that did not end: no other can have killed it. None
+                if that is not known.
         """
-        for entry in self:
-            if entry.in_engine and entry.is_ending:
-                self.finish(Finish(entry.request.request_id, "abort"))
         dead = [entry for entry in self if entry.in_engine]
-        blamed = [e for e in dead if e.request.request_id in in_flight] or dead
+        spans = (
+            dict.fromkeys(e.request.request_id for e in dead) if in_flight is None else in_flight
+        )
+        blamed = [entry for entry in dead if entry.request.request_id in spans]
         for entry in dead:
             entry.in_engine = False
         for entry in blamed:
-            entry.die()
+            entry.die(spans[entry.request.request_id])
         suspects = [entry for entry in blamed if entry.num_deaths >= _SUSPECT]
         self._on_trial = []
         if suspects and len(blamed) == 1:

@@ -6,7 +6,7 @@ import asyncio
 
 from octavo.checkpoint import Checkpoint
 from octavo.config import EngineArgs
-from octavo.engine.client import Connection, EngineProcess
+from octavo.engine.client import START_SILENCE_S, Connection, EngineProcess
 from octavo.log import get_logger
 
 logger = get_logger(__name__)
@@ -22,20 +22,31 @@ class Nursery:
         first: EngineProcess,
         args: EngineArgs,
         checkpoint: Checkpoint,
+        *,
         spare_after_s: float | None,
+        start_limit_s: float,
+        silence_s: float,
     ) -> None:
+        """Starts may take `start_limit_s`; the spare, which has imported all it needs, may leave a
+        ping unanswered for `silence_s`.
+        """
         self._another = first.another
         self._args = args
         self._checkpoint = checkpoint
         self._spare_after_s = spare_after_s
+        self._start_limit_s = start_limit_s
+        self._silence_s = silence_s
         self._spare: EngineProcess | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def prepare_soon(self) -> None:
-        """Make the spare, but not while the engine has just begun and cores are wanted."""
+    def prepare_soon(self, *, sooner: bool = False) -> None:
+        """Make the spare, but not while the engine has just begun and cores are wanted; `sooner`
+        after a death, since one is often followed by another.
+        """
         if self._spare_after_s is not None:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._spare_after_s, self._prepare)
+            delay_s = self._spare_after_s / 5 if sooner else self._spare_after_s
+            self._timer = loop.call_later(delay_s, self._prepare)
 
     def _prepare(self) -> None:
         try:
@@ -48,10 +59,19 @@ class Nursery:
         if self._timer is not None:
             self._timer.cancel()
         process, self._spare = self._spare, None
+        silence_s = self._silence_s
         if process is not None and process.process.poll() is not None:
             process.kill()  # it has died while it waited
             process = None
-        return await Connection.open(process or self._another(), self._args, self._checkpoint)
+        if process is None:
+            process, silence_s = self._another(), START_SILENCE_S
+        return await Connection.open(
+            process,
+            self._args,
+            self._checkpoint,
+            limit_s=self._start_limit_s,
+            silence_s=silence_s,
+        )
 
     def close(self) -> None:
         if self._timer is not None:

@@ -36,6 +36,7 @@ from octavo.engine.messages import (
     receive,
 )
 from octavo.errors import OctavoError
+from octavo.types import EngineRequest, Finish, StepOutputs
 
 if TYPE_CHECKING:
     from octavo.config import EngineConfig
@@ -146,6 +147,17 @@ def run_engine(
     serve_steps(mailbox, core, recorder)
 
 
+def add(core: EngineCore, request: EngineRequest, mailbox: Mailbox) -> None:
+    """A request that cannot even be taken in harms nobody else."""
+    try:
+        core.add(request)
+    except Exception as error:
+        logger.exception("request %d cannot be taken in", request.request_id)
+        message = f"The engine cannot take this request in: {type(error).__name__}: {error}"
+        finish = Finish(request.request_id, "error", message=message)
+        mailbox.send(Outputs(StepOutputs(finished=[finish], stats=core.stats)))
+
+
 def serve_steps(mailbox: Mailbox, core: EngineCore, recorder: Recorder | None = None) -> None:
     """Step until the server says stop or is gone."""
     if recorder is not None:
@@ -157,7 +169,7 @@ def serve_steps(mailbox: Mailbox, core: EngineCore, recorder: Recorder | None = 
         for message in mailbox.drain(wait=not core.has_work and not core.prepare_more()):
             match message:
                 case Add(request):
-                    core.add(request)
+                    add(core, request, mailbox)
                 case Abort(request_ids):
                     mailbox.send(Outputs(core.abort(request_ids)))
                 case Shutdown() | None:
@@ -186,12 +198,15 @@ def main(argv: list[str], load: Callable[[], BuildParts] = load_parts) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # the supervisor asks for stacks before it kills
-    mailbox = Mailbox(socket.socket(fileno=int(argv[0])), on_end=_exit_soon)
+    fds = [int(fd) for fd in argv]
+    for fd in fds:  # whatever this process starts must not hold them open when it is gone
+        os.set_inheritable(fd, False)
+    mailbox = Mailbox(socket.socket(fileno=fds[0]), on_end=_exit_soon)
     try:
         build = load()
         configure = mailbox.receive()
         if isinstance(configure, Configure):
-            run_engine(mailbox, configure, build, [int(fd) for fd in argv[1:]])
+            run_engine(mailbox, configure, build, fds[1:])
         return 0  # the server said so, or is gone
     except OctavoError as error:
         mailbox.send(Failed(type(error).__name__, str(error)))

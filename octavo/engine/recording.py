@@ -120,7 +120,8 @@ class Recorder:
     ) -> None:
         """Go on in the other file, from `rows` and the plans that are in flight."""
         self._fds.reverse()
-        self._num_steps = self._num_bytes = 0
+        self._num_steps = 0
+        self._is_broken = False
         self._serial += 1
         with contextlib.suppress(OSError):
             os.ftruncate(self._fds[0], 0)
@@ -128,6 +129,7 @@ class Recorder:
             os.write(self._fds[0], preamble(self._serial))
         self._write(Start(octavo.__version__, self._args, info))
         self._write(Rows(rows))
+        self._num_bytes = 0  # what a file must begin with does not fill it
         for plan in in_flight:
             self.planned(plan)
 
@@ -141,14 +143,15 @@ class Recorder:
 
     def _write(self, record: Record) -> None:
         """A full memory costs the recording its end, not the engine its life."""
+        if self._is_broken:
+            return
         frame = frame_of(record)
         self._num_bytes += len(frame)
         try:
-            os.write(self._fds[0], frame)
+            self._is_broken = os.write(self._fds[0], frame) < len(frame)
         except OSError as error:
-            if not self._is_broken:
-                logger.warning("steps are no longer recorded: %s", error)
             self._is_broken = True
+            logger.warning("steps are not recorded for now: %s", error)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from octavo.checkpoint import Checkpoint
@@ -20,6 +21,7 @@ from octavo.engine.client import Connection, EngineProcess
 from octavo.engine.journal import Entry, Journal
 from octavo.engine.messages import Abort, Add, Outputs, Ping, Pong, ToServer
 from octavo.engine.nursery import Nursery
+from octavo.engine.tape import Span
 from octavo.errors import EngineDeadError, OctavoError
 from octavo.log import get_logger
 from octavo.types import EngineCounts, EngineRequest, Finish, StepOutputs, StepStats
@@ -28,9 +30,13 @@ logger = get_logger(__name__)
 
 SPARE_AFTER_S = 5.0  # by then the first requests have been answered
 _TICK_S = 0.5
+_LAST_DUMP_S = 5.0  # that a dump may still take when the server ends
 _ASLEEP_S = 3.0  # a tick that came so late was held up with all of this process
 _PING_AFTER_S = 1.5  # of silence
 _BACKOFF_S = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # before a restart, by failures in a row
+_SLOW_STARTS = 10  # a restart may take so many times as long as the first start
+_TRIALS = 8  # deaths beyond the limit that it may take to find a killer among many
+_MAX_ISOLATED = 2  # requests in a row that are found to kill, before it must be the engine itself
 _SLOW_STEPS = 10  # a step may take so many times as long as the longest of late
 _FADE = 0.99  # how the longest step is forgotten, per step
 
@@ -39,9 +45,10 @@ _FADE = 0.99  # how the longest step is forgotten, per step
 class Patience:
     """How long an engine process may stand still, and how often it may die."""
 
-    step_s: float = 60.0  # for a step, with requests to work on
+    step_s: float = 60.0  # for a step, with requests to work on; 0: for ever
     silence_s: float = 10.0  # for the answer to a ping
-    max_restarts: int = 10  # in a row, without progress between them
+    start_s: float = 60.0  # for a restart, or ten times what the first start took
+    max_restarts: int = 10  # in a row, without a request that got on between them
     spare_after_s: float | None = SPARE_AFTER_S  # until the next process is made; None: never
 
 
@@ -60,7 +67,9 @@ class Supervisor:
         self._death_callbacks: list[Callable[[], None]] = []
         self._death: str | None = None
         self._cause = ""  # of the latest death
-        self._num_failures = 0  # deaths in a row without progress
+        self._num_failures = 0  # deaths in a row, without a request that got on between them
+        self._num_isolated = 0  # requests found to kill, likewise
+        self._dumps: set[asyncio.Task[None]] = set()
         self._longest_step_s = 0.0
         self._reset_clocks()
         self._enter(connection)
@@ -86,7 +95,16 @@ class Supervisor:
             args, kv_cache_memory_bytes=connection.info.memory_bytes.get("kv")
         )
         patience = patience or Patience()
-        nursery = Nursery(process, same, checkpoint, patience.spare_after_s)
+        nursery = Nursery(
+            process,
+            same,
+            checkpoint,
+            spare_after_s=patience.spare_after_s,
+            start_limit_s=max(
+                patience.start_s, _SLOW_STARTS * connection.info.startup_s.get("total", 0.0)
+            ),
+            silence_s=patience.silence_s,
+        )
         return cls(connection, nursery, patience)
 
     # -- what a front end asks
@@ -107,7 +125,7 @@ class Supervisor:
         if self._death is not None:
             return "the engine is not running"
         if self._connection is None or not self._connection.is_open:
-            return f"the engine is being restarted: {self._cause}"
+            return "the engine is being restarted"
         still_s = time.monotonic() - self.last_progress_s
         if still_s > max(self._patience.silence_s, self._slowest_step_s):
             return f"the engine has made no progress for {still_s:.0f} s"
@@ -132,6 +150,8 @@ class Supervisor:
     def on_death(self, callback: Callable[[], None]) -> None:
         """`callback` is called, on the event loop, when there will be no other engine."""
         self._death_callbacks.append(callback)
+        if self._death is not None:
+            callback()
 
     def submit(self, request: EngineRequest) -> Entry:
         """Send a request on its way, or keep it until there is an engine. Raises EngineDeadError
@@ -146,18 +166,17 @@ class Supervisor:
         return entry
 
     def abort(self, request_ids: Sequence[int]) -> None:
+        """They end now; the engine is told, and what it still says of them is ignored."""
         in_engine = []
         for request_id in request_ids:
-            entry = self._journal.get(request_id)
-            if entry is None:
-                continue
-            if entry.in_engine:
-                entry.is_ending = True
-                in_engine.append(request_id)
-            else:
+            if (entry := self._journal.get(request_id)) is not None:
                 self._journal.finish(Finish(request_id, "abort"))
+                if entry.in_engine:
+                    in_engine.append(request_id)
         if in_engine and self._connection is not None:
             self._connection.send(Abort(in_engine))
+        if self._journal.has_waiting:  # it may have been what they waited for
+            self._admit()
 
     async def close(self) -> None:
         """Stop the engine; live requests end with an error."""
@@ -168,17 +187,21 @@ class Supervisor:
         await asyncio.to_thread(self._nursery.close)
         if self._connection is not None:
             await self._connection.close()
+        if self._dumps:
+            await asyncio.wait(self._dumps, timeout=_LAST_DUMP_S)
 
     # -- one process after the other
 
     async def _supervise(self, connection: Connection) -> None:
         try:
             while True:
-                death = await connection.listen(self._take)
-                self._cause = death.cause
-                self._connection = None
+                last_words = await connection.listen(self._take)
                 died_s = time.monotonic()
+                death = await connection.autopsy(last_words)
+                self._connection = None
+                self._cause = death.cause
                 logger.error("the engine has ended: %s", self._cause)
+                self._dump_aside(connection)
                 self._bury(death.in_flight)
                 successor = await self._restart()
                 if successor is None:
@@ -190,41 +213,62 @@ class Supervisor:
         except Exception as error:
             logger.exception("the supervisor failed")
             self._cause = f"The supervisor failed: {type(error).__name__}: {error}"
+        if self._dumps:
+            await asyncio.wait(self._dumps, timeout=_LAST_DUMP_S)
         self._give_up(self._cause)
         for callback in self._death_callbacks:
             callback()
 
+    def _dump_aside(self, connection: Connection) -> None:
+        """No restart waits for a disk."""
+        task = asyncio.create_task(connection.dump(self._cause))
+        self._dumps.add(task)
+        task.add_done_callback(self._dumps.discard)
+
     def _enter(self, connection: Connection) -> None:
         self._connection = connection
         self._reset_clocks()
-        self._nursery.prepare_soon()
+        self._nursery.prepare_soon(sooner=self._num_failures > 0)
         self._admit()
 
     def _reset_clocks(self) -> None:
         self._heard_s = self._progress_s = time.monotonic()
         self._ping_s: float | None = None  # when a ping was sent that is not answered yet
 
-    def _bury(self, in_flight: set[int]) -> None:
+    def _bury(self, in_flight: Mapping[int, Span] | None) -> None:
         """Settle what a death means for the requests that were there."""
         self._num_failures += 1
         if (killer := self._journal.bury(in_flight)) is not None:
-            self.counts.num_isolated += 1
-            request_id = killer.request.request_id
-            logger.error("request %d has ended the engine twice and is given up", request_id)
-            message = (
-                "This request has ended the engine twice and will not be tried again. "
-                f"The cause: {self._cause}"
-            )
-            self._journal.finish(Finish(request_id, "error", message=message))
-        if killer is not None or self._journal.is_waiting_for_trial:
-            self._num_failures = 1  # something is learnt from each
+            self._num_isolated += 1
+            self._isolate(killer)
         stats = StepStats(num_waiting=len(self._journal))
         self._tell(StepOutputs(stats=stats))
 
+    def _isolate(self, killer: Entry) -> None:
+        request_id = killer.request.request_id
+        if self._num_isolated > _MAX_ISOLATED:
+            # Nobody has got on since the first of them: no killer, but a broken engine.
+            self._num_failures = self._patience.max_restarts + _TRIALS + 1
+            return
+        self.counts.num_isolated += 1
+        logger.error("request %d has ended the engine twice and is given up", request_id)
+        message = "This request has ended the engine twice and will not be tried again."
+        self._journal.finish(Finish(request_id, "error", message=message))
+
+    @property
+    def _may_restart(self) -> bool:
+        limit = self._patience.max_restarts
+        if limit and (self._num_isolated or self._journal.is_waiting_for_trial):
+            limit += _TRIALS
+        return self._num_failures <= limit
+
     async def _restart(self) -> Connection | None:
         """Another engine, ready to work; None if it is to be left at that."""
-        while self._num_failures <= self._patience.max_restarts:
-            delay_s = _BACKOFF_S[min(self._num_failures, len(_BACKOFF_S)) - 1]
+        while self._may_restart:
+            # Of suspects that are told apart, each death says something: no need to wait.
+            is_trial = self._num_isolated or self._journal.is_waiting_for_trial
+            failures = 1 if is_trial else self._num_failures
+            delay_s = _BACKOFF_S[min(failures, len(_BACKOFF_S)) - 1]
             logger.warning(
                 "restarting the engine%s; %d requests wait",
                 f" in {delay_s:g} s" if delay_s else "",
@@ -233,10 +277,11 @@ class Supervisor:
             await asyncio.sleep(delay_s)
             try:
                 connection = await self._nursery.open()
-            except (OctavoError, OSError) as error:
-                self._cause = str(error)
+            except Exception as error:
+                known = isinstance(error, OctavoError | OSError)
+                self._cause = str(error) if known else f"{type(error).__name__}: {error}"
                 self._num_failures += 1
-                logger.error("the engine did not start: %s", error)
+                logger.error("the engine did not start: %s", self._cause)
                 continue
             self.counts.num_restarts += 1
             return connection
@@ -268,11 +313,11 @@ class Supervisor:
         now_s = time.monotonic()
         match message:
             case Outputs(outputs):
+                if self._num_failures and self._journal.shows_success(outputs):
+                    self._num_failures = self._num_isolated = 0
                 self._journal.record(outputs)
                 self._tell(outputs)
-                if outputs.token_ids:
-                    self._num_failures = 0
-                step_s = now_s - self._progress_s
+                step_s = outputs.stats.step_s
                 self._longest_step_s = max(self._longest_step_s * _FADE, step_s)
                 self._progress_s = now_s
                 if self._journal.has_waiting:
@@ -302,9 +347,14 @@ class Supervisor:
             if woke_s - before_s > _ASLEEP_S:  # this process stood still, not the engine
                 self._reset_clocks()
             connection = self._connection
-            if connection is not None and (cause := self._check(connection)) is not None:
+            if connection is None or not connection.is_open:
+                continue
+            if (cause := self._check(connection)) is not None:
                 logger.error("%s Its stacks follow, as far as it can still write them.", cause)
-                await connection.kill(cause)
+                try:
+                    await connection.kill(cause)
+                except OSError as error:
+                    logger.warning("it cannot be killed: %s", error)
 
     def _check(self, connection: Connection) -> str | None:
         """Why the process must go, if it must."""
@@ -315,6 +365,7 @@ class Supervisor:
         if self._ping_s is not None and now_s - self._ping_s > patience.silence_s:
             return f"The engine process has not answered for {now_s - self._heard_s:.0f} s."
         still_s = now_s - self.last_progress_s
-        if self._journal.num_in_engine and still_s > max(patience.step_s, self._slowest_step_s):
+        limit_s = max(patience.step_s or math.inf, self._slowest_step_s)
+        if self._journal.num_in_engine and still_s > limit_s:
             return f"The engine has finished no step for {still_s:.0f} s."
         return None

@@ -50,6 +50,12 @@ class _Planned(msgspec.Struct, tag="plan"):
     arrays: dict[str, bytes]
     admitted: list[_Tenant]
 
+    def chunks(self) -> Iterator[tuple[int, int, int]]:
+        """Row, first position, number of positions."""
+        columns = (self.arrays[name] for name in ("rows", "starts", "chunk_lens"))
+        numbers = ([n for (n,) in _INT32.iter_unpack(column)] for column in columns)
+        return zip(*numbers, strict=True)
+
 
 class _Ran(msgspec.Struct, tag="result"):
     step: int
@@ -63,6 +69,9 @@ class End(msgspec.Struct, tag="end"):
 
     cause: str
     at: str
+
+
+Span = tuple[int, int]
 
 
 def preamble(serial: int) -> bytes:
@@ -101,25 +110,29 @@ class Tape:
             raise
 
     def close(self) -> None:
-        for fd in self.fds:
+        fds, self.fds = self.fds, []
+        for fd in fds:
             os.close(fd)
-        self.fds = []
 
-    def in_flight(self) -> set[int]:
-        """Ids of the requests in the steps that had begun and not ended."""
+    def in_flight(self) -> dict[int, Span]:
+        """What was running, by request id: the positions, from and to, that the steps which had
+        begun and not ended were to compute.
+        """
         parts = sorted(_read(fd) for fd in self.fds)
         records = [_decoder.decode(frame) for _, part in parts for frame in frames_of(part)]
         done = {record.step for record in records if isinstance(record, _Ran)}
         tenants: dict[int, int] = {}  # request ids by row
-        found: set[int] = set()
+        found: dict[int, Span] = {}
         for record in records:
             if isinstance(record, _Rows):
                 tenants |= {tenant.row: tenant.request.request_id for tenant in record.rows}
             elif isinstance(record, _Planned):
                 tenants |= {tenant.row: tenant.request.request_id for tenant in record.admitted}
                 if record.step not in done:
-                    rows = record.arrays["rows"]
-                    found.update(tenants[row] for (row,) in _INT32.iter_unpack(rows))
+                    for row, start, length in record.chunks():
+                        if (request_id := tenants.get(row)) is not None:
+                            first, _ = found.get(request_id, (start, start))
+                            found[request_id] = (first, start + length)
         return found
 
     def dump(self, folder: Path, cause: str) -> Path | None:

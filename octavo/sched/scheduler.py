@@ -310,6 +310,7 @@ class Scheduler:
         token_ids = result.token_ids[valid[plan.samples]]
         rows.append(live, token_ids)
         request_ids = rows.request_ids[live]
+        chunks = self._chunks_by_request(plan, valid)
         logprobs, prompt_logprobs = self._logprobs_by_request(plan, result, valid)
         self._commit_outputs(live)
         finished = self._finish_rows(live, token_ids)
@@ -318,6 +319,7 @@ class Scheduler:
             token_ids=token_ids.tolist(),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            chunks=chunks,
             started=self._stats.started,
             finished=[*self._stats.expired, *finished],
             stats=self._take_stats(step_s),
@@ -425,6 +427,14 @@ class Scheduler:
 
     def _remaining(self, row: int) -> int:
         return int(self._rows.num_total[row] - self._rows.num_computed[row])
+
+    def _chunks_by_request(self, plan: StepPlan, valid: BoolArray) -> list[tuple[int, int]]:
+        first = plan.num_decodes
+        if first == len(plan.rows):
+            return []
+        live = valid[first:]
+        request_ids = self._rows.request_ids[plan.rows[first:][live]]
+        return list(zip(request_ids.tolist(), plan.chunk_lens[first:][live].tolist(), strict=True))
 
     def _logprobs_by_request(
         self, plan: StepPlan, result: StepResult, valid: BoolArray

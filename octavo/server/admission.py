@@ -278,9 +278,10 @@ class Admission:
             idle = self._last_step_s is None
             seconds = stats.step_s if idle else now_s - (self._last_step_s or 0.0)
             self._rate.add(stats.num_batched_tokens + stats.num_prefix_hits, seconds)
-            is_busy = bool(stats.num_running or stats.num_waiting)
-            self._last_step_s = now_s if is_busy else None
-            self._cache_is_full = stats.kv_usage > _FULL_CACHE
+            self._last_step_s = now_s
+        if not stats.num_running:  # idle, or between two engines: time that is nobody's
+            self._last_step_s = None
+        self._cache_is_full = stats.kv_usage > _FULL_CACHE
         for started in outputs.started:
             self._start(started.request_id)
         for finish in outputs.finished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from starlette.requests import Request
 from octavo.errors import InvalidRequestError
 from octavo.server.connection import read_body
 from octavo.server.state import ServerState
+from octavo.server.tracing import NO_TRACE, Trace
 
 TIMEOUT_HEADER = "x-request-timeout"
 
@@ -20,13 +22,14 @@ class Arrival:
     at_s: float  # time.monotonic()
     client: str  # the name of its API key; "" without keys
     timeout_s: float  # as header and server have it; inf: none
+    trace: Trace = NO_TRACE
 
     def within(self, timeout: float | None) -> Arrival:
         """With the limit of the request's own field `timeout`: the shortest counts."""
         if timeout is None:
             return self
         check_timeout(timeout, "timeout")
-        return Arrival(self.at_s, self.client, min(self.timeout_s, float(timeout)))
+        return dataclasses.replace(self, timeout_s=min(self.timeout_s, float(timeout)))
 
     @property
     def deadline_s(self) -> float | None:
@@ -58,7 +61,8 @@ async def receive(state: ServerState, http: Request) -> tuple[Arrival, bytes]:
             timeout_s = math.nan
         check_timeout(timeout_s, TIMEOUT_HEADER)
         limit_s = min(limit_s, timeout_s)
-    arrival = Arrival(at_s, getattr(http.state, "client", ""), limit_s)
+    client = getattr(http.state, "client", "")
+    arrival = Arrival(at_s, client, limit_s, getattr(http.state, "trace", NO_TRACE))
     body = await read_body(http, state.config.max_body_bytes, state.config.read_timeout_s)
     state.admission.check_count(arrival.client)
     return arrival, body

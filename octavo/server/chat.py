@@ -38,7 +38,8 @@ async def chat_completions(state: ServerState, http: Request) -> Response:
     state.check_model(request.model)
     check_common(request)
     params = chat_params(request, state.generation_defaults)
-    prompt = await chat_prompt(state, request, bool(request.add_special_tokens), len(body))
+    with arrival.trace.tokenising():
+        prompt = await chat_prompt(state, request, bool(request.add_special_tokens), len(body))
     generation = Generation(state, [prompt], params, request, arrival)
     answer = ChatAnswer(state, http, request, generation)
     if request.stream:

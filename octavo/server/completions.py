@@ -40,9 +40,10 @@ async def completions(state: ServerState, http: Request) -> Response:
     state.check_model(request.model)
     check_common(request)
     params, only_prompt = completion_params(request, state.generation_defaults)
-    prompts = await completion_prompts(
-        state, request.prompt, request.add_special_tokens is not False
-    )
+    with arrival.trace.tokenising():
+        prompts = await completion_prompts(
+            state, request.prompt, request.add_special_tokens is not False
+        )
     generation = Generation(state, prompts, params, request, arrival)
     answer = CompletionAnswer(state, http, request, generation, only_prompt)
     if request.stream:

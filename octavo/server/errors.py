@@ -85,12 +85,13 @@ def as_api_error(exc: Exception, request_id: str) -> ApiError:
     """The table above. An unexpected exception is logged with its traceback and told only by its
     request id.
     """
+    fields = {"request_id": request_id}
     if isinstance(exc, ApiError):
         return exc
     if isinstance(exc, InvalidRequestError):
         return ApiError(400, str(exc), exc.code, param=exc.param)
     if isinstance(exc, EngineDeadError):
-        logger.error("request %s: the engine is gone: %s", request_id, exc)
+        logger.error("request %s: the engine is gone: %s", request_id, exc, extra=fields)
         return ApiError(
             503,
             "The engine is not running; try again later, and tell the operator if it stays so.",
@@ -101,9 +102,11 @@ def as_api_error(exc: Exception, request_id: str) -> ApiError:
     if isinstance(exc, HTTPException):
         return _routing_error(exc)
     if isinstance(exc, RequestFailedError):
-        logger.error("request %s failed in the engine: %s", request_id, exc)
-        return ApiError(500, str(exc), "request_failed", type="server_error")
-    logger.error("request %s: unexpected error", request_id, exc_info=exc)
+        logger.error("request %s failed in the engine: %s", request_id, exc, extra=fields)
+        # Clients repeat every 5xx unless told otherwise; this would fail again.
+        headers = {"x-should-retry": "false"}
+        return ApiError(500, str(exc), "request_failed", type="server_error", headers=headers)
+    logger.error("request %s: unexpected error", request_id, exc_info=exc, extra=fields)
     return ApiError(
         500,
         f"Internal error. Give the operator this request id: {request_id}.",

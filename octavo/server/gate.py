@@ -7,6 +7,7 @@ answer that a route does not exist. What a key may do is checked at the route (`
 
 from __future__ import annotations
 
+import time
 import uuid
 
 from starlette.datastructures import Headers
@@ -19,6 +20,7 @@ from octavo.server.keys import Access, Key
 from octavo.server.live import LiveRequest
 from octavo.server.params import valid_request_id
 from octavo.server.state import ServerState
+from octavo.server.tracing import NO_TRACE
 
 CLIENT_CLOSED = 499  # nginx's status for a client that went away before the answer
 
@@ -42,6 +44,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        began_s = time.monotonic()
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         request_id = given if valid_request_id(given) else uuid.uuid4().hex
@@ -63,9 +66,11 @@ class Gate:
                     message["headers"].append((b"connection", b"close"))
             await send(message)
 
+        trace = NO_TRACE
         try:
             self._admit(scope, headers)
-            await self._app(scope, receive, send_with_headers)
+            trace = self._state.tracing.begin(scope)
+            await self._app(scope, receive, trace.watch_send(send_with_headers))
         except ClientDisconnectedError:
             status = CLIENT_CLOSED
         except Exception as exc:
@@ -75,7 +80,8 @@ class Gate:
             await self.refuse(error, scope, receive, send_with_headers)
         finally:
             self._state.live_requests.leave(live)
-            self._count(scope, live.route, status)
+            self._count(scope, live.route or "other", status, time.monotonic() - began_s)
+            trace.end(live.route or "other", status or CLIENT_CLOSED)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         num_bytes = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
@@ -118,12 +124,21 @@ class Gate:
         self._state.metrics.http_rejections[error.error.code or "invalid_request"] += 1
         await to_response(error)(scope, receive, send)
 
-    def _count(self, scope: Scope, route: str, status: int) -> None:
-        self._state.metrics.http_requests[route or "other", status or CLIENT_CLOSED] += 1
+    def _count(self, scope: Scope, route: str, status: int, duration_s: float) -> None:
+        self._state.metrics.http_requests[route, status or CLIENT_CLOSED] += 1
         if self._state.config.access_log:
             path = (scope.get("raw_path") or b"").decode("ascii", "replace")
-            client = scope["state"]["client"] or "-"
-            logger.info("%s %s %s %d", client, scope["method"], path, status)
+            client = scope["state"]["client"]
+            fields = {
+                "method": scope["method"],
+                "route": route,
+                "status": status,
+                "duration_s": round(duration_s, 6),
+                "client": client,
+                "request_id": scope["state"]["request_id"],
+            }
+            line = (client or "-", scope["method"], path, status)
+            logger.info("%s %s %s %d", *line, extra=fields)
 
 
 def authorize(state: ServerState, scope: Scope, access: Access) -> None:

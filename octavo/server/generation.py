@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from octavo.engine.protocol import RequestStream
 from octavo.errors import EngineDeadError, InvalidRequestError
@@ -38,6 +38,17 @@ class Prompt:
     text: str | None = None  # as the client sent it, if it sent text
 
 
+class Assembler(Protocol):
+    """What is asked of an `OutputAssembler`."""
+
+    def push(
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs] = ...,
+        finish: Finish | None = ...,
+    ) -> OutputDelta: ...
+
+
 @dataclass(slots=True)
 class Choice:
     """One output sequence; `sample` counts within its prompt, `index` within the response."""
@@ -46,7 +57,7 @@ class Choice:
     sample: int
     prompt: Prompt
     request: EngineRequest
-    assembler: OutputAssembler
+    assembler: Assembler
     timer: SequenceTimer
     stream: RequestStream | None = None
     num_cached_tokens: int = 0
@@ -187,6 +198,7 @@ class Generation:
         except BaseException:
             self._close()
             raise
+        arrival.trace.watch(self)
         return self
 
     def __exit__(

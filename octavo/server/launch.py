@@ -17,6 +17,7 @@ from octavo.errors import EngineDeadError
 from octavo.server.run import Doors, Stop, serve
 from octavo.server.starting import Starting
 from octavo.server.state import ServerState, sampling_defaults
+from octavo.server.tracing import open_tracing
 from octavo.text.chat_template import ChatTemplate
 from octavo.text.tokenizer import Tokenizer
 
@@ -39,6 +40,8 @@ async def run_server(
         OctavoError: the address is taken, the model cannot be loaded, the engine has died, ...
     """
     doors, stop = Doors.open(config), Stop()
+    names = config.served_names(args.model)
+    tracing = open_tracing(config, names[0])
     engine: Supervisor | None = None
 
     async def start(starting: Starting) -> ServerState:
@@ -65,9 +68,10 @@ async def run_server(
             generation_defaults=sampling_defaults(checkpoint.generation_config)
             if use_model_defaults
             else {},
-            served_model_names=config.served_names(args.model),
+            served_model_names=names,
             config=config,
             keys=doors.keys,
+            tracing=tracing,
         )
 
     try:

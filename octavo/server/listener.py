@@ -9,7 +9,6 @@ requests by each of the first two, and a supervisor sees a failure in the third.
 from __future__ import annotations
 
 import asyncio
-import errno
 import resource
 import socket
 import ssl
@@ -30,8 +29,7 @@ logger = get_logger(__name__)
 _BACKLOG = 2048
 _SPARE_FILES = 256  # beside one per connection
 _POLL_S = 0.02
-_OUT_OF_FILES_S = 1.0  # until accept() is tried again
-_OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_RETRY_ACCEPT_S = 1.0
 _WELCOME_S = 1.0
 _FLUSH_S = 3.0  # for the last bytes and TLS's goodbye
 
@@ -135,15 +133,15 @@ class Listener:
         while True:
             try:
                 sock, _ = self._sock.accept()
-            except BlockingIOError:
+            except (BlockingIOError, InterruptedError):
                 return
-            except OSError as exc:
-                if exc.errno not in _OUT_OF_FILES:
-                    continue  # it broke off before it was taken
+            except ConnectionAbortedError:
+                continue  # before it was taken
+            except OSError as exc:  # no files left, or no memory
                 logger.error("cannot take connections for a moment: %s", exc.strerror)
                 loop = asyncio.get_running_loop()
                 loop.remove_reader(self._sock)
-                loop.call_later(_OUT_OF_FILES_S, self._listen)
+                loop.call_later(_RETRY_ACCEPT_S, self._listen)
                 return
             sock.setblocking(False)
             task = asyncio.create_task(self._welcome(sock))

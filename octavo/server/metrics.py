@@ -275,6 +275,7 @@ class SequenceTimer:
     first_s: float = 0.0
     last_s: float = 0.0
     num_tokens: int = 0
+    reason: str = ""  # why it ended
 
     def started(self, queue_s: float) -> None:
         if self.queue_s is None:
@@ -294,6 +295,7 @@ class SequenceTimer:
         self.num_tokens += count
 
     def finished(self, reason: str) -> None:
+        self.reason = reason
         self.metrics.finished[reason] += 1
         if not self.num_tokens:
             return

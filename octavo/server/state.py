@@ -19,6 +19,7 @@ from octavo.server.errors import model_not_found
 from octavo.server.keys import KeyRing
 from octavo.server.live import LiveRequests
 from octavo.server.metrics import QueueMetrics, ServerMetrics
+from octavo.server.tracing import Tracing
 from octavo.text.chat_template import ChatTemplate
 from octavo.text.prepare import Limits
 from octavo.text.tokenizer import Tokenizer
@@ -65,6 +66,7 @@ class ServerState:
     served_model_names: tuple[str, ...]
     config: ServerConfig
     keys: KeyRing
+    tracing: Tracing = field(default_factory=Tracing)
     limits: Limits = field(init=False)
     admission: Admission = field(init=False)
     metrics: ServerMetrics = field(init=False)
@@ -123,4 +125,5 @@ class ServerState:
         self.engine.abort(list(self.live))
 
     def close(self) -> None:
+        self.tracing.close()
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -30,9 +30,8 @@ class Balancer:
 
     async def __aexit__(self, *exc: object) -> None:
         self._server.close()
-        for task in self._clients:
-            task.cancel()
-        await asyncio.gather(*self._clients, return_exceptions=True)
+        if self._clients:  # which have closed their ends
+            await asyncio.wait(self._clients, timeout=10)
         for _, writer in itertools.chain(*self._idle.values()):
             writer.close()
             await writer.wait_closed()

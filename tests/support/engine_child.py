@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -30,13 +31,13 @@ from octavo.sched.plan import StepPlan, StepResult
 BLOCK = 8
 NUM_BLOCKS = 600
 MAX_LEN = 256
-KILLS, RAISES, HANGS = 49, 48, 47  # first tokens of prompts that strike
+KILLS, RAISES, HANGS, FORKS = 49, 48, 47, 46  # first tokens of prompts that strike
 
 
 @dataclass
 class Behaviour:
     step_s: float = 0.0
-    start: str = "ok"  # or: dies, refuses, hangs, stops
+    start: str = "ok"  # or: dies, refuses, hangs
 
     def write(self, path: Path) -> EngineArgs:
         """The arguments of an engine that behaves so."""
@@ -89,6 +90,7 @@ class DangerousRunner:
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s
         self._fake = FakeRunner(NUM_BLOCKS, BLOCK)
+        self._has_forked = False
         self._strikes: dict[int, tuple[int, int]] = {}  # by row: what, at which position
 
     def submit(self, plan: StepPlan) -> Done:
@@ -110,6 +112,9 @@ class DangerousRunner:
             raise RuntimeError("device-side assert")
         if what == HANGS:
             time.sleep(1000)
+        if what == FORKS and not self._has_forked:
+            self._has_forked = True
+            subprocess.Popen(["sleep", "30"], close_fds=False)
 
     def prepare_more(self) -> bool:
         return False

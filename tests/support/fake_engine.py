@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from octavo.checkpoint import Checkpoint
 from octavo.errors import EngineDeadError
 from octavo.types import (
+    Chunk,
     EngineCounts,
     EngineInfo,
     EngineRequest,
@@ -116,6 +118,7 @@ class FakeEngine:
         self.is_alive = True
         self.trouble: str | None = None
         self.num_cached_tokens = 0
+        self.resumed_s: list[float] = []  # told with each request's start
         self.submitted: list[EngineRequest] = []
         self.aborted: list[int] = []
         self._ids = itertools.count(1)
@@ -165,7 +168,13 @@ class FakeEngine:
     async def _speak(self, request: EngineRequest, stream: FakeStream) -> None:
         request_id, params = request.request_id, request.params
         started = Started(request_id, self.num_cached_tokens, 0.001)
-        stream.put().started = started
+        await asyncio.sleep(0.001)
+        update = stream.put()
+        update.started = started
+        update.resumed_s = tuple(self.resumed_s)
+        half = len(request.prompt_token_ids) // 2
+        for num_tokens in (half, len(request.prompt_token_ids) - half):
+            update.chunks += (Chunk(num_tokens, time.monotonic(), 0.0005),)
         self._tell(StepOutputs(started=[started]))
         if params.prompt_logprobs is not None:
             stream.put().prompt_logprobs.extend(

@@ -93,6 +93,7 @@ class LiveServer:
         self.engine.is_alive = True
         self.engine.trouble = None
         self.engine.num_cached_tokens = 0
+        self.engine.resumed_s = []
         self.engine.submitted.clear()
         self.engine.aborted.clear()
 

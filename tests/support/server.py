@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_READY = re.compile(r"octavo: (\S+) is ready on (http://\S+)/v1 after ([\d.]+) s")
+_READY = re.compile(r'(?:octavo: |"message": ")(\S+) is ready on (http://\S+)/v1 after ([\d.]+) s')
 
 
 @dataclass

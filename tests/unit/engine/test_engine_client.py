@@ -72,6 +72,9 @@ class Child:
     def kill(self) -> None:
         self.num_kills += 1
 
+    def poll(self) -> int | None:
+        return self.returncode
+
 
 class Peer:
     """An engine process's place, and this side's view of it."""
@@ -95,16 +98,19 @@ class Peer:
 
     def kill(self) -> None:
         self.is_stopped = True
+        self.sock.close()
 
     def dump_stacks(self) -> None:
         self.num_dumps += 1
 
     def stop(self) -> None:
         self.is_stopped = True
+        self.sock.close()
 
-    def bury(self, cause: Callable[[int | None], str]) -> Death:
+    def autopsy(self, cause: Callable[[int | None], str]) -> Death:
         self.is_stopped = True
-        return Death(cause(self.process.returncode), set())
+        self.sock.close()
+        return Death(cause(self.process.returncode), None)
 
 
 async def connect(peer: Peer) -> Connection:
@@ -161,8 +167,8 @@ def test_messages_are_taken_until_the_end_and_its_cause(
         peer.send(outputs, Pong(), *messages)
         peer.die(returncode)
         taken: list[ToServer] = []
-        death = await connection.listen(taken.append)
-        assert cause in death.cause
+        last_words = await connection.listen(taken.append)
+        assert cause in (await connection.autopsy(last_words)).cause
         assert taken == [outputs, Pong()]
         assert peer.is_stopped
 
@@ -172,9 +178,7 @@ def test_messages_are_taken_until_the_end_and_its_cause(
 def test_a_message_that_makes_no_sense_ends_the_connection() -> None:
     async def body(connection: Connection, peer: Peer) -> None:
         peer.theirs.sendall(b"\x00\x00\x00\x01\xc1")
-        death = await connection.listen(lambda message: None)
-        assert "cannot be taken in" in death.cause
-        assert peer.is_stopped
+        assert "cannot be taken in" in await connection.listen(lambda message: None)
 
     with_connection(body)
 
@@ -184,21 +188,21 @@ def test_a_kill_asks_for_stacks_first_and_names_its_own_cause() -> None:
         killing = asyncio.create_task(connection.kill("It stood still."))
         await asyncio.sleep(0.01)
         assert (peer.num_dumps, peer.process.num_kills) == (1, 0)
+        last_words = await connection.listen(lambda message: None)  # it need not even end
         await killing
         assert peer.process.num_kills == 1
-        peer.die()
-        assert (await connection.listen(lambda message: None)).cause == "It stood still."
+        assert (await connection.autopsy(last_words)).cause == "It stood still."
 
     with_connection(body)
 
 
 def test_a_slow_start_is_waited_for_as_long_as_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_START_PING_S", 0.05)
-    monkeypatch.setattr(client, "_START_SILENCE_S", 0.3)
 
     async def main() -> None:
         peer = Peer()
-        connecting = asyncio.create_task(connect(peer))
+        opening = Connection.open(peer, EngineArgs(), CHECKPOINT, silence_s=0.3)  # type: ignore[arg-type]
+        connecting = asyncio.create_task(opening)
         assert isinstance(await peer.receive(), Configure)
         for _ in range(10):
             assert await peer.receive() == Ping()

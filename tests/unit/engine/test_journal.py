@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.engine.journal import Entry, Journal
 from octavo.types import (
+    MAX_CHUNKS,
     EngineRequest,
     Finish,
     RequestUpdate,
     SamplingParams,
     Started,
     StepOutputs,
+    StepStats,
     TokenLogprobs,
 )
 
@@ -73,7 +76,10 @@ class Engine:
 
     def die(self) -> None:
         self.num_deaths += 1
-        in_flight = set(list(self.live)[: self.num_rows]) if self.num_rows < 99 else set()
+        in_flight = None
+        if self.num_rows < 99:
+            computed = {i: 1 + len(self.received.get(i, ())) for i in self.live}
+            in_flight = {i: (computed[i], computed[i] + 1) for i in list(computed)[: self.num_rows]}
         self.live.clear()
         killer = self.journal.bury(in_flight)
         if killer is not None:
@@ -139,13 +145,43 @@ def test_what_was_received_before_is_not_told_again() -> None:
     journal.admit()[0].enter()
     first, second, third = (TokenLogprobs((i,), (-1.0,), 1) for i in (1, 2, 3))
     journal.record(StepOutputs(prompt_logprobs={1: [first, second]}, started=[Started(1, 0, 0.5)]))
-    assert journal.bury(set()) is None
+    assert journal.bury(None) is None
     journal.admit()[0].enter()
     journal.record(StepOutputs(prompt_logprobs={1: [first]}, started=[Started(1, 16, 9.0)]))
     journal.record(StepOutputs(prompt_logprobs={1: [second, third]}))
     update = take(entry)
     assert update.prompt_logprobs == [first, second, third]
     assert update.started == Started(1, 0, 0.5)
+
+
+def test_chunks_wake_nobody_and_stay_few() -> None:
+    journal = Journal()
+    entry = journal.add(request(1))
+    journal.admit()[0].enter()
+    num_chunks = 3 * MAX_CHUNKS
+    stats = StepStats(step_s=0.5)
+    for _ in range(num_chunks):
+        journal.record(StepOutputs(chunks=[(1, 10), (99, 10)], stats=stats))
+    with pytest.raises(TimeoutError):
+        asyncio.run(asyncio.wait_for(entry.next(), 0.01))
+    journal.record(StepOutputs(request_ids=[1], token_ids=[5]))
+    chunks = take(entry).chunks
+    assert len(chunks) == MAX_CHUNKS
+    assert sum(chunk.num_tokens for chunk in chunks) == 10 * num_chunks
+    assert sum(chunk.step_s for chunk in chunks) == 0.5 * num_chunks
+    assert list(chunks) == sorted(chunks, key=lambda chunk: chunk.end_s)
+
+
+def test_each_start_in_another_engine_is_told() -> None:
+    journal = Journal()
+    entry = journal.add(request(1))
+    journal.admit()[0].enter()
+    for _ in range(2):
+        assert journal.bury(None) is None
+        journal.admit()[0].enter()
+        journal.record(StepOutputs(request_ids=[1] * 9, token_ids=[5] * 9))
+    first, second = take(entry).resumed_s
+    assert first < second
 
 
 def test_arrivals_wait_while_suspects_are_told_apart() -> None:

@@ -112,6 +112,7 @@ OUTPUTS = StepOutputs(
     token_ids=[30, 40],
     logprobs={2: TokenLogprobs((40, 41), (-0.5, -math.inf), 1)},
     prompt_logprobs={2: [TokenLogprobs((5,), (-1.5,), 12)]},
+    chunks=[(2, 16), (5, 100)],
     started=[Started(2, 16, 0.125)],
     finished=[
         Finish(1, "stop", 30),

@@ -80,10 +80,14 @@ class Device:
         pass
 
 
-def request(request_id: int, prompt_len: int, max_tokens: int) -> EngineRequest:
+def request(
+    request_id: int, prompt_len: int, max_tokens: int, own: int = 0, stops: tuple[int, ...] = ()
+) -> EngineRequest:
+    """Prompts of one `own` share their beginning."""
     return EngineRequest(
         request_id=request_id,
-        prompt_token_ids=tuple((i * 7) % 50 for i in range(prompt_len)),
+        prompt_token_ids=tuple((i * 7 + own) % 50 for i in range(prompt_len)),
+        stop_token_ids=stops,
         params=SamplingParams(),
         max_total_len=min(prompt_len + max_tokens, MAX_LEN),
         seed=request_id % 3,
@@ -91,7 +95,15 @@ def request(request_id: int, prompt_len: int, max_tokens: int) -> EngineRequest:
 
 
 def fly(
-    tape: Tape, requests: Sequence[EngineRequest], *, depth: int, steps: int, abort: int = -1
+    tape: Tape,
+    requests: Sequence[EngineRequest],
+    *,
+    depth: int,
+    steps: int,
+    abort: int = -1,
+    every: int = 2,
+    burst: int = 1,
+    threshold: int = 0,
 ) -> None:
     """An engine that dies after `steps` steps."""
     config = SchedulerConfig(
@@ -101,7 +113,7 @@ def fly(
         block_size=BLOCK,
         policy="fcfs",
         enable_prefix_caching=True,
-        long_prefill_token_threshold=0,
+        long_prefill_token_threshold=threshold,
         async_depth=depth,
     )
     scheduler = Scheduler(config, KVCache(BLOCKS, BLOCK, enable_prefix_caching=True))
@@ -111,8 +123,10 @@ def fly(
     in_flight = []
     queue = list(requests)
     for step in range(steps):
-        if queue and step % 2 == 0:
-            scheduler.add(queue.pop(0))
+        if step % every == 0:
+            for _ in range(burst):
+                if queue:
+                    scheduler.add(queue.pop(0))
         if step == abort:
             scheduler.abort([1])
         plan = scheduler.schedule()
@@ -130,9 +144,21 @@ def replay(path: Path) -> Outcome:
     return Replay(Recording.read(path), Device(), BUDGET).run(lambda plan, known: None)
 
 
-@settings(max_examples=150)
+@settings(max_examples=300)
 @given(
-    lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 24)), min_size=1, max_size=12),
+    lengths=st.lists(
+        st.tuples(
+            st.integers(1, 40),
+            st.integers(1, 24),
+            st.integers(0, 2),
+            st.sampled_from([(), (3,), tuple(range(0, 50, 4))]),
+        ),
+        min_size=1,
+        max_size=14,
+    ),
+    every=st.integers(1, 4),
+    burst=st.integers(1, 5),
+    threshold=st.sampled_from([0, 0, 3]),
     depth=st.integers(0, 2),
     steps=st.integers(1, 60),
     per_file=st.integers(2, 30),
@@ -140,7 +166,10 @@ def replay(path: Path) -> Outcome:
 )
 def test_a_recording_runs_again_to_the_same_tokens(
     tmp_path_factory: pytest.TempPathFactory,
-    lengths: list[tuple[int, int]],
+    lengths: list[tuple[int, int, int, tuple[int, ...]]],
+    every: int,
+    burst: int,
+    threshold: int,
     depth: int,
     steps: int,
     per_file: int,
@@ -149,8 +178,17 @@ def test_a_recording_runs_again_to_the_same_tokens(
     tape = Tape()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recording, "STEPS_PER_FILE", per_file)
-        requests = [request(i + 1, *pair) for i, pair in enumerate(lengths)]
-        fly(tape, requests, depth=depth, steps=steps, abort=abort)
+        requests = [request(i + 1, *kind) for i, kind in enumerate(lengths)]
+        fly(
+            tape,
+            requests,
+            depth=depth,
+            steps=steps,
+            abort=abort,
+            every=every,
+            burst=burst,
+            threshold=threshold,
+        )
     path = tape.dump(tmp_path_factory.mktemp("d"), "signal 9")
     tape.close()
     if path is None:
@@ -190,7 +228,8 @@ def test_it_tells_who_was_in_the_steps_that_did_not_end(tmp_path: Path) -> None:
         open_steps = [step for step in Recording.read(path).steps if step.token_ids is None]
         assert len(open_steps) == count
         assert len(found) == len({row for step in open_steps for row in step.plan.rows.tolist()})
-        assert found <= {1, 2, 3, 4}
+        assert set(found) <= {1, 2, 3, 4}
+        assert all(start < end for start, end in found.values())
 
 
 def test_a_token_that_differs_is_told(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ that every request's tokens are known.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import random
 import signal
@@ -14,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.engine_child import HANGS, KILLS, RAISES, Behaviour, FakeProcess, fake_checkpoint
+from support.engine_child import (
+    FORKS,
+    HANGS,
+    KILLS,
+    RAISES,
+    Behaviour,
+    FakeProcess,
+    fake_checkpoint,
+)
 from support.fake_runner import expected_tokens
 
 from octavo.engine.supervisor import Patience, Supervisor
@@ -94,14 +103,21 @@ def with_rig(
     body: Callable[[Rig], Awaitable[None]],
     *,
     patience: Patience = PATIENCE,
+    crash_dir: bool = False,
+    max_num_batched_tokens: int | None = None,
+    max_num_seqs: int | None = None,
     **behaviour: Any,
 ) -> None:
     def behave(**changes: Any) -> Any:
-        return Behaviour(**(behaviour | changes)).write(tmp_path / "behaviour.json")
+        args = Behaviour(**(behaviour | changes)).write(tmp_path / "behaviour.json")
+        return dataclasses.replace(
+            args, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs
+        )
 
     async def main() -> None:
         args = behave()
-        supervisor = await Supervisor.start(FakeProcess(), args, fake_checkpoint(), patience)
+        process = FakeProcess(tmp_path / "crashes" if crash_dir else None)
+        supervisor = await Supervisor.start(process, args, fake_checkpoint(), patience)
         rig = Rig(supervisor, behave)
         try:
             await asyncio.wait_for(body(rig), 60)
@@ -152,7 +168,6 @@ def test_a_poison_request_is_found_and_harms_itself_only(
         token_ids, finish = await rig.run(poison)
         assert finish.reason == "error"
         assert "ended the engine twice" in finish.message
-        assert ("signal 9" if first == KILLS else "device-side assert") in finish.message
         assert token_ids == expected_tokens(poison)[0][: len(token_ids)]
         await others
         assert rig.supervisor.counts.num_isolated == 1
@@ -177,7 +192,7 @@ def test_a_request_that_hangs_the_engine_is_found(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         _, finish = await rig.run(rig.make([HANGS, 8]))
         assert finish.reason == "error"
-        assert "finished no step" in finish.message
+        assert "finished no step" in rig.supervisor._cause
         await rig.expect([rig.make([1, 2, 3])])
 
     with_rig(tmp_path, body)
@@ -202,8 +217,7 @@ def test_an_idle_engine_that_dies_is_replaced(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         pid = rig.signal(signal.SIGKILL)
         await rig.until(lambda: rig.pid is None)
-        assert rig.supervisor.trouble is not None
-        assert "signal 9" in rig.supervisor.trouble
+        assert rig.supervisor.trouble == "the engine is being restarted"
         await rig.expect([rig.make([1, 2, 3])])
         assert rig.pid != pid
 
@@ -245,14 +259,74 @@ def test_requests_come_and_go_while_there_is_no_engine(tmp_path: Path) -> None:
     with_rig(tmp_path, body)
 
 
-def test_an_abort_that_an_engine_took_to_its_grave_is_carried_out(tmp_path: Path) -> None:
+def test_an_abort_needs_no_engine_that_answers(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         stream = rig.supervisor.submit(rig.make([1, 2], 200))
         await rig.until(lambda: rig.supervisor._journal.num_in_engine == 1)
         rig.signal(signal.SIGSTOP)
         rig.supervisor.abort([1])
-        rig.signal(signal.SIGKILL)
         assert (await read(stream))[1] == Finish(1, "abort")
+        assert rig.supervisor.num_live == 0
+
+    with_rig(tmp_path, body, step_s=0.01)
+
+
+def test_a_request_that_came_just_after_a_death_is_not_blamed_for_it(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        for _ in range(3):  # each is sent to an engine that is dead already
+            pid = rig.signal(signal.SIGKILL)
+            request = rig.make([1, 2, 3], 200)
+            running = asyncio.create_task(rig.expect([request]))
+            await asyncio.sleep(0)
+            await rig.until_replaced(pid)
+            await running
+        assert rig.supervisor.counts.num_isolated == 0
+
+    with_rig(tmp_path, body, crash_dir=True)
+
+
+def test_kills_during_a_long_prompt_are_not_its_own_doing(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        request = rig.make([i % 40 for i in range(200)], 30)
+        running = asyncio.create_task(rig.expect([request]))
+        for chunk in range(3):  # ever further, and never as far as a token
+            await asyncio.sleep(0.1 + 0.15 * chunk)
+            await rig.until_replaced(rig.signal(signal.SIGKILL))
+        await running
+
+    with_rig(tmp_path, body, step_s=0.1, crash_dir=True, max_num_batched_tokens=16, max_num_seqs=4)
+
+
+def test_an_engine_that_is_broken_ends_and_condemns_next_to_nobody(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        requests = [rig.make([RAISES, 0, i]) for i in range(12)]
+        ends = await asyncio.gather(*map(rig.run, requests))
+        await rig.died.wait()
+        assert "device-side assert" in str(rig.supervisor.death)
+        condemned = [finish for _, finish in ends if "twice" in finish.message]
+        assert len(condemned) <= 2
+
+    with_rig(tmp_path, body)
+
+
+def test_a_restart_that_hangs_is_given_up(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        rig.behave(start="hangs")
+        rig.signal(signal.SIGKILL)
+        await rig.until(lambda: "not ready after" in rig.supervisor._cause)
+        rig.behave(start="ok")
+        await rig.expect([rig.make([1, 2, 3])])
+
+    with_rig(tmp_path, body, patience=dataclasses.replace(PATIENCE, start_s=1.0))
+
+
+def test_a_child_of_the_engine_does_not_hide_its_death(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        running = asyncio.create_task(rig.expect([rig.make([FORKS, 0, 1], 60)]))
+        await rig.until(lambda: rig.supervisor._journal.num_in_engine == 1)
+        await asyncio.sleep(0.1)
+        await rig.until_replaced(rig.signal(signal.SIGKILL))
+        await running
 
     with_rig(tmp_path, body, step_s=0.01)
 

@@ -46,6 +46,7 @@ class Engine:
         self.tokens: dict[int, list[int]] = {}
         self.ends: dict[int, str] = {}
         self.started: list[int] = []
+        self.chunks: dict[int, list[int]] = {}
 
     def add(self, request_id: int, prompt_len: int, max_tokens: int = 4, **fields: object) -> None:
         self.tokens[request_id] = []
@@ -74,6 +75,8 @@ class Engine:
             self.tokens[request_id].append(token)
         self.ends |= {finish.request_id: finish.reason for finish in outputs.finished}
         self.started += [started.request_id for started in outputs.started]
+        for request_id, num_tokens in outputs.chunks:
+            self.chunks.setdefault(request_id, []).append(num_tokens)
 
     def run(self, most: int = 2000) -> int:
         """Steps until everything is done."""
@@ -254,6 +257,25 @@ def run_and_note_preemptions(engine: Engine) -> list[int]:
         after = {r.spec.request_id for r in engine.scheduler._rows.running()}
         preempted += [i for i in before if i not in after and i not in engine.ends]
     return preempted
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_each_chunk_of_a_prompt_is_told_and_no_decode_is(depth: int) -> None:
+    engine = Engine(depth=depth)
+    engine.add(1, 5)
+    engine.step()
+    engine.add(2, 70)
+    engine.add(3, 40)
+    engine.step()
+    engine.abort(3)
+    engine.run()
+    assert engine.chunks[1] == [5]
+    assert sum(engine.chunks[2]) == 70
+    assert len(engine.chunks[2]) >= 3
+    assert (3 in engine.chunks) == (depth == 0)  # the result of a step in flight was void for it
+    engine.add(4, 70, prompt=request(2, 70).prompt_token_ids)  # all but its end is in the cache
+    engine.run()
+    assert engine.chunks[4] == [2]
 
 
 def test_the_last_in_line_is_preempted_and_continues_where_it_was() -> None:

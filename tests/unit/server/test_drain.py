@@ -96,7 +96,7 @@ def test_a_kept_connection_is_answered_once_more_after_the_listener_has_closed(
 def _refuses(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
-    except ConnectionRefusedError:
+    except ConnectionError:  # reset, in the very moment of closing
         return True
     return False
 
@@ -208,6 +208,9 @@ def test_a_rolling_restart_behind_a_balancer_loses_nothing(
             num_answers += 1
         return num_answers
 
+    def busy(server: LiveServer) -> None:
+        server.wait_for(lambda: len(server.engine.submitted) > 10)
+
     def restart(server: LiveServer) -> LiveServer:
         server.ask_to_stop(with_grace=True)
         server.wait_for(lambda: server.num_cut is not None)
@@ -221,14 +224,12 @@ def test_a_rolling_restart_behind_a_balancer_loses_nothing(
                 workers = [asyncio.create_task(ask(http, done)) for _ in range(8)]
                 second = []
                 for server in first:
-                    await asyncio.sleep(0.3)
+                    await asyncio.to_thread(busy, server)
                     second.append(await asyncio.to_thread(restart, server))
-                await asyncio.sleep(0.3)
+                    await asyncio.to_thread(busy, second[-1])
                 done.set()
                 answers = await asyncio.gather(*workers)
             assert balancer.num_lost == 0
-            assert sum(balancer.num_sent.values()) == sum(answers) > 100
-        for server in (*first, *second):
-            assert len(server.engine.submitted) > 5
+            assert sum(balancer.num_sent.values()) == sum(answers) > 40
 
     asyncio.run(main())

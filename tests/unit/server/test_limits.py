@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import resource
 import socket
 import time
 from collections.abc import Callable
@@ -112,6 +114,34 @@ def test_the_limit_of_open_files_is_raised_or_its_lack_is_said(
     listener.allow_files(4096)
     assert wanted[-1] == (2000, 2000)
     assert "ulimit" in caplog.text
+
+
+def test_a_lack_of_files_passes(
+    start_server: Callable[..., LiveServer],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(listener, "_RETRY_ACCEPT_S", 0.1)
+    server = start_server()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with connect(server) as early, connect(server) as late:
+        early.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert early.recv(4096).startswith(b"HTTP/1.1 200")
+        waiting = socket.socket()
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+            waiting.connect(("127.0.0.1", server.doors.sock.getsockname()[1]))
+            server.wait_for(lambda: "cannot take connections" in caplog.text)
+            late.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert late.recv(4096).startswith(b"HTTP/1.1 200")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        with waiting:
+            waiting.settimeout(5)
+            waiting.sendall(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert waiting.recv(4096).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize(
