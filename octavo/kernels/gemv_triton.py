@@ -338,6 +338,7 @@ def run(
     }
     stride = tensors[0].stride(0)
     if isinstance(plan, GemvPlan):
+        assert num_tokens <= MAX_GEMV_TOKENS
         gemv_kernel[(triton.cdiv(out_features, plan.rows),)](
             *tensors,
             stride,

@@ -28,7 +28,13 @@ def kernels_on(monkeypatch):
     monkeypatch.setattr(linear, "fuses", fuses)
     monkeypatch.setattr("octavo.models.decoder.fuses", fuses)
     monkeypatch.setattr("octavo.kernels.cpu.ops.takes", lambda x: False)
-    monkeypatch.setattr(gemv_triton, "plan", lambda n, out, size: gemv_triton.GemvPlan(16, 64, 4))
+
+    def plan(n, out_features, in_features):
+        if n > gemv_triton.MAX_GEMV_TOKENS:
+            return gemv_triton.SkinnyPlan(16, 32, 4, 2) if n <= 16 else None
+        return gemv_triton.GemvPlan(16, 64, 4)
+
+    monkeypatch.setattr(gemv_triton, "plan", plan)
 
 
 CONFIGS = {
