@@ -53,6 +53,6 @@ def create_app(state: ServerState) -> Starlette:
     return app
 
 
-def _pass_on(request: Request, exc: Exception) -> Response:
+async def _pass_on(request: Request, exc: Exception) -> Response:
     """Leave unknown routes and wrong methods to the Gate, which answers every failure."""
     raise exc
