@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from octavo.checkpoint.checkpoint import Checkpoint
+from octavo.checkpoint.config_check import check_config, check_token_ids, check_weights_fit
 from octavo.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
@@ -53,10 +54,15 @@ def open_folder(model: str, folder: Path, *, needs_weights: bool) -> Checkpoint:
         CheckpointError: config.json or a shard is missing, a file is broken, or the weights are
         pickled.
     """
-    config = read_json(folder / "config.json")
-    generation = folder / "generation_config.json"
+    config = _unnested(read_json(folder / "config.json"), folder)
+    check_config(config, folder / "config.json")
+    path = folder / "generation_config.json"
+    generation_config = read_json(path) if path.is_file() else {}
+    check_token_ids(generation_config, path)
     text = read_tokenizer_files(folder)
     weight_files = _weight_files(folder) if needs_weights else ()
+    if weight_files:
+        check_weights_fit(config, weight_files)
     weights_format: Literal["safetensors", "none"] = "safetensors" if weight_files else "none"
     quantized = folder / QUANTIZED_FILE
     return Checkpoint(
@@ -65,8 +71,8 @@ def open_folder(model: str, folder: Path, *, needs_weights: bool) -> Checkpoint:
         weights_format=weights_format,
         weight_files=weight_files,
         quantized_file=quantized if needs_weights and quantized.is_file() else None,
-        config=_unnested(config, folder),
-        generation_config=read_json(generation) if generation.is_file() else {},
+        config=config,
+        generation_config=generation_config,
         tokenizer_config=text.tokenizer_config,
         tokenizer_json=text.tokenizer_json,
         chat_template=text.chat_template,
@@ -132,6 +138,8 @@ def _unnested(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     if not isinstance(text, dict):
         raise CheckpointError(f"{folder / 'config.json'}: text_config must be an object.")
     outer = config.get("architectures") or ["unknown"]
+    if not isinstance(outer, list):
+        raise CheckpointError(f"{folder / 'config.json'}: architectures must be a list.")
     inner = _TEXT_CLASSES.get(str(text.get("model_type")))
     # A null of the text part may mean something ("no sliding window"), so it stays.
     shared = {key: config[key] for key in _OUTER_KEYS if key in config and text.get(key) is None}
@@ -146,8 +154,9 @@ def _chat_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | N
     if template is None and (folder / "chat_template.json").is_file():
         template = read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):  # several, by name: [{"name": ..., "template": ...}]
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        named = [entry.get("template") for entry in entries if entry.get("name") == "default"]
+        template = named[-1] if named else None
     if template is not None and not isinstance(template, str):
         raise CheckpointError(f"{folder}: the chat template must be a string.")
     return template
@@ -182,12 +191,21 @@ def _shards(folder: Path, index: dict[str, Any]) -> tuple[Path, ...]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / _INDEX} has no weight_map.")
     files = []
-    for name in dict.fromkeys(weight_map.values()):
-        if not isinstance(name, str) or PurePosixPath(name).name != name:
-            raise CheckpointError(f"{folder / _INDEX}: {name!r} is no file name.")
-        if not (folder / name).is_file():
+    # json.dumps: names may be of any kind, and lists are no keys.
+    for name in {json.dumps(name): name for name in weight_map.values()}.values():
+        is_name = isinstance(name, str) and name.isprintable() and PurePosixPath(name).name == name
+        if not is_name:
+            raise CheckpointError(f"{folder / _INDEX}: {name!a:.300} is no file name.")
+        if not _is_file(folder / name):
             raise CheckpointError(
                 f"{folder} has no {name}, which {_INDEX} names; download the model again."
             )
         files.append(folder / name)
     return tuple(sorted(files))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long a name
+        return False

@@ -81,9 +81,9 @@ def hf_config(file: GgufFile) -> dict[str, Any]:
     config |= _attention(file, arch, config)
     config |= {
         "rms_norm_eps": file.number(f"{arch}.attention.layer_norm_rms_epsilon", 1e-6),
-        "vocab_size": _embedding_rows(file),
+        "vocab_size": _embedding_rows(file, config["hidden_size"]),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "rope_theta": file.number(f"{arch}.rope.freq_base", 10000.0),
+        "rope_theta": _rope_base(file, f"{arch}.rope.freq_base"),
         **_DEFAULTS[arch],
     }
     if arch == "llama":
@@ -114,26 +114,35 @@ def hf_generation_config(file: GgufFile) -> dict[str, Any]:
     return config
 
 
-def _positive(file: GgufFile, key: str) -> int:
-    value = file.integer(key)
+def _positive(file: GgufFile, key: str, default: int | None = None) -> int:
+    value = file.integer(key, default)
     if value is None or value <= 0:
         raise CheckpointError(f"{file.path}: {key} must be a positive integer, got {value!r}.")
     return value
 
 
-def _embedding_rows(file: GgufFile) -> int:
+def _rope_base(file: GgufFile, key: str) -> float:
+    value = file.number(key, 10000.0)
+    if value is None or value <= 1.0:
+        raise CheckpointError(f"{file.path}: {key} must be above 1, got {value!r}.")
+    return value
+
+
+def _embedding_rows(file: GgufFile, width: int) -> int:
     embedding = file.tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise CheckpointError(f"{file.path}: tensor token_embd.weight is missing.")
+    if embedding is None or embedding.shape[1:] != (width,):
+        raise CheckpointError(
+            f"{file.path}: tensor token_embd.weight is missing, or not {width} wide."
+        )
     return embedding.shape[0]
 
 
 def _attention(file: GgufFile, arch: str, config: dict[str, Any]) -> dict[str, Any]:
     num_heads = config["num_attention_heads"]
-    head_dim = file.integer(f"{arch}.attention.key_length", config["hidden_size"] // num_heads)
+    width = config["hidden_size"] // num_heads
     return {
-        "num_key_value_heads": file.integer(f"{arch}.attention.head_count_kv", num_heads),
-        "head_dim": head_dim,
+        "num_key_value_heads": _positive(file, f"{arch}.attention.head_count_kv", num_heads),
+        "head_dim": _positive(file, f"{arch}.attention.key_length", width),
     }
 
 
@@ -162,7 +171,10 @@ def _rope_scaling(file: GgufFile, arch: str, config: dict[str, Any]) -> dict[str
 
 
 def _factors(file: GgufFile, name: str) -> npt.NDArray[np.float64]:
-    return read_tensor(file, file.tensors[name]).astype(np.float64).ravel()
+    factors = read_tensor(file, file.tensors[name]).astype(np.float64).ravel()
+    if not (np.isfinite(factors).all() and (factors > 0).all()):
+        raise CheckpointError(f"{file.path}: {name} must hold finite numbers above 0.")
+    return factors
 
 
 def _longrope(

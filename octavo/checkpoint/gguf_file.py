@@ -107,7 +107,8 @@ class GgufFile:
             raise CheckpointError(
                 f"{path} is not a usable GGUF file: {error}. Download it again."
             ) from error
-        if metadata.get("split.count", 0) not in (0, 1):
+        num_parts = metadata.get("split.count", 0)
+        if not isinstance(num_parts, int) or num_parts > 1:
             raise CheckpointError(
                 f"{path} is one part of a split GGUF file; join the parts with "
                 f"`llama-gguf-split --merge` first."
@@ -135,6 +136,12 @@ class GgufFile:
             value = value[0].item()
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise CheckpointError(f"{self.path}: {key} must be one integer.")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.metadata.get(key, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self.path}: {key} must be true or false.")
         return value
 
     def number(self, key: str, default: float | None = None) -> float | None:
@@ -212,7 +219,11 @@ class _Header:
         if kind not in _NUMBERS:
             raise _BadHeaderError(f"arrays of metadata type {kind} are not supported")
         dtype = _NUMBERS[kind][1]
-        values: npt.NDArray[Any] = np.frombuffer(self._take(count * dtype.itemsize), dtype)
+        taken = self._take(count * dtype.itemsize)
+        if dtype.kind == "b":  # only 0 and 1 are bools to numpy
+            flags: npt.NDArray[Any] = np.frombuffer(taken, np.uint8) != 0
+            return flags
+        values: npt.NDArray[Any] = np.frombuffer(taken, dtype)
         return values.copy()
 
     def _tensor_entry(self) -> tuple[str, tuple[int, ...], int, int]:
@@ -229,13 +240,16 @@ class _Header:
         self, entries: list[tuple[str, tuple[int, ...], int, int]], metadata: dict[str, Any]
     ) -> dict[str, GgufTensor]:
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20:
+        is_integer = isinstance(alignment, int) and not isinstance(alignment, bool)
+        if not is_integer or not 0 < alignment <= 1 << 20 or alignment % 8:
             raise _BadHeaderError(f"alignment {alignment!r} is not plausible")
         start = -(-self._pos // alignment) * alignment
         tensors: dict[str, GgufTensor] = {}
         for name, shape, type_id, offset in entries:
             if name in tensors:
                 raise _BadHeaderError(f"tensor {name!r} appears twice")
+            if offset % alignment:
+                raise _BadHeaderError(f"tensor {name!r} does not lie at a multiple of {alignment}")
             kind, num_bytes = _storage(name, shape, type_id)
             if start + offset + num_bytes > len(self._data):
                 raise _BadHeaderError(f"tensor {name!r} reaches past the end of the file")

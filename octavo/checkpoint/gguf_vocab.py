@@ -105,8 +105,8 @@ def _read_vocab(file: GgufFile, model: str, *, adds_bos: bool) -> _Vocab:
         eos_id=ids["eos"],
         unk_id=ids["unknown"],
         pad_id=ids["padding"],
-        add_bos=bool(file.metadata.get("tokenizer.ggml.add_bos_token", adds_bos)),
-        add_eos=bool(file.metadata.get("tokenizer.ggml.add_eos_token", False)),
+        add_bos=file.flag("tokenizer.ggml.add_bos_token", adds_bos),
+        add_eos=file.flag("tokenizer.ggml.add_eos_token", False),
     )
 
 
@@ -169,7 +169,7 @@ def _sentencepiece(file: GgufFile, vocab: _Vocab) -> Tokenizer:
     to_space = decoders.Replace("▁", " ")
     steps: list[decoders.Decoder] = [to_space, decoders.ByteFallback(), decoders.Fuse()]
     underline: normalizers.Normalizer = normalizers.Replace(" ", "▁")
-    if file.metadata.get("tokenizer.ggml.add_space_prefix", True):
+    if file.flag("tokenizer.ggml.add_space_prefix", True):
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), underline])
         steps.append(decoders.Strip(" ", 1, 0))
     else:

@@ -9,6 +9,7 @@ from pathlib import Path
 from octavo.checkpoint.builtin import ensure_builtin
 from octavo.checkpoint.catalogue import BUILTIN_MODELS
 from octavo.checkpoint.checkpoint import Checkpoint
+from octavo.checkpoint.config_check import check_config, check_token_ids
 from octavo.checkpoint.folder import TokenizerFiles, open_folder, read_tokenizer_files
 from octavo.checkpoint.hub import download
 from octavo.errors import CheckpointError
@@ -107,14 +108,17 @@ def open_gguf(model: str, path: Path, *, needs_weights: bool = True) -> Checkpoi
     from octavo.checkpoint.gguf_vocab import hf_tokenizer
 
     file = GgufFile.open(path)
+    config, generation_config = hf_config(file), hf_generation_config(file)
+    check_config(config, path)
+    check_token_ids(generation_config, path)
     tokenizer_json, tokenizer_config = hf_tokenizer(file) or (None, {})
     return Checkpoint(
         model=model,
         path=path,
         weights_format="gguf" if needs_weights else "none",
         weight_files=(path,) if needs_weights else (),
-        config=hf_config(file),
-        generation_config=hf_generation_config(file),
+        config=config,
+        generation_config=generation_config,
         tokenizer_config=tokenizer_config,
         tokenizer_json=tokenizer_json,
         chat_template=file.string("tokenizer.chat_template"),

@@ -20,8 +20,9 @@ import numpy as np
 import octavo
 from octavo.config import EngineArgs
 from octavo.engine.core import Pending, Runner
+from octavo.engine.recording_check import BadRecordingError, RecordingCheck, int32_array
 from octavo.engine.tape import End, frame_of, frames_of, preamble
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, OctavoError
 from octavo.log import get_logger
 from octavo.sched.plan import RowAdmission, RowSnapshot, StepPlan, StepResult
 from octavo.types import EngineInfo
@@ -71,8 +72,11 @@ class Planned(msgspec.Struct, tag="plan"):
         )
 
     def to_plan(self) -> StepPlan:
+        """Raises BadRecordingError."""
+        if self.arrays.keys() != set(_INT_ARRAYS):
+            raise BadRecordingError("it has other arrays than a plan")
         arrays: dict[str, Any] = {
-            name: np.frombuffer(data, "<i4").astype(np.int32) for name, data in self.arrays.items()
+            name: int32_array(name, data) for name, data in self.arrays.items()
         }
         return StepPlan(
             step=self.step,
@@ -92,11 +96,14 @@ class Ran(msgspec.Struct, tag="result"):
     token_ids: bytes  # little-endian int32, one per sampled row
 
     def tokens(self) -> list[int]:
-        return list(np.frombuffer(self.token_ids, "<i4").tolist())
+        """Raises BadRecordingError."""
+        return list(int32_array("token_ids", self.token_ids).tolist())
 
 
 Record = Start | Rows | Planned | Ran | End
 _decoder = msgspec.msgpack.Decoder(Record)
+# msgspec says of bad UTF-8 and of deep nesting what Python says.
+_UNREADABLE = (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OctavoError)
 
 
 class Recorder:
@@ -200,16 +207,31 @@ class Recording:
 
     @classmethod
     def read(cls, path: Path) -> Recording:
-        """Raises ConfigError for a file that is none."""
+        """Raises ConfigError for a file that is none, or that no engine can have written."""
         try:
             records = [_decoder.decode(frame) for frame in frames_of(path.read_bytes())]
-        except (OSError, msgspec.MsgspecError) as error:
+        except _UNREADABLE as error:
             raise ConfigError(f"{path} cannot be read as a flight recording: {error}") from None
         if not records or not isinstance(records[0], Start) or not isinstance(records[-1], End):
             raise ConfigError(f"{path} is not a whole flight recording.")
         # The second file begins with rows and plans in flight that follow from the first one.
         snapshots = [record.rows for record in records if isinstance(record, Rows)]
+        if not snapshots:
+            raise ConfigError(f"{path} is not a whole flight recording.")
         plans = {record.step: record for record in records if isinstance(record, Planned)}
-        results = {record.step: record.tokens() for record in records if isinstance(record, Ran)}
-        steps = [Step(p.to_plan(), p.at_s, results.get(p.step)) for p in plans.values()]
+        results = {record.step: record for record in records if isinstance(record, Ran)}
+        try:
+            check = RecordingCheck(records[0].info, snapshots[0])
+            steps = [_step(p, results.get(p.step), check) for p in plans.values()]
+        except BadRecordingError as error:
+            raise ConfigError(f"{path} is no flight recording of an engine: {error}.") from None
         return cls(records[0], snapshots[0], steps, records[-1])
+
+
+def _step(planned: Planned, ran: Ran | None, check: RecordingCheck) -> Step:
+    plan = planned.to_plan()
+    check.plan(plan)
+    token_ids = None if ran is None else ran.tokens()
+    if token_ids is not None:
+        check.tokens(plan, token_ids)
+    return Step(plan, planned.at_s, token_ids)

@@ -95,7 +95,8 @@ class Replay:
                 for token_id, kept in zip(recorded, keep[plan.samples], strict=True)
                 if kept
             ]
-        plan = _only(plan, keep)
+        owned = np.array([row in self._tenants for row in plan.block_rows.tolist()], np.bool_)
+        plan = _only(plan, keep, owned)
         if len(plan.rows):
             plan = self._catch_up(plan)
             result = self._runner.submit(plan).wait()
@@ -185,9 +186,9 @@ def _with_deltas(plan: StepPlan, before: StepPlan) -> StepPlan:
     )
 
 
-def _only(plan: StepPlan, keep: npt.NDArray[np.bool_]) -> StepPlan:
-    """The rows of a plan that `keep` names."""
-    if keep.all():
+def _only(plan: StepPlan, keep: npt.NDArray[np.bool_], owned: npt.NDArray[np.bool_]) -> StepPlan:
+    """The chunks of a plan that `keep` names, and the block updates that `owned` names."""
+    if keep.all() and owned.all():
         return plan
     chunks = np.split(plan.token_ids, np.cumsum(plan.chunk_lens[plan.num_decodes :])[:-1])
     kept = [c for c, k in zip(chunks, keep[plan.num_decodes :], strict=False) if k]
@@ -199,6 +200,9 @@ def _only(plan: StepPlan, keep: npt.NDArray[np.bool_]) -> StepPlan:
         samples=plan.samples[keep],
         num_decodes=int(keep[: plan.num_decodes].sum()),
         token_ids=np.concatenate([_NONE, *kept]),
+        block_rows=plan.block_rows[owned],
+        block_cols=plan.block_cols[owned],
+        block_ids=plan.block_ids[owned],
     )
 
 

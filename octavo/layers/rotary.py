@@ -101,6 +101,10 @@ class RotaryEmbedding(nn.Module):
         positions = torch.arange(max_model_len, dtype=torch.float32, device="cpu")
         angles = positions[:, None] * inv_freq
         table = torch.cat((angles.cos() * factor, angles.sin() * factor), dim=-1)
+        if not table.isfinite().all():
+            raise UnsupportedModelError(
+                f"The parameters of rotary scaling {rope.rope_type!r} give no finite angles."
+            )
         self.dtype = torch.get_default_dtype()
         self.register_buffer("table", table.to(torch.get_default_device()), persistent=False)
 
@@ -141,6 +145,8 @@ def _dynamic(rope: RopeConfig, max_model_len: int) -> Frequencies:
     """
     trained_len = rope.max_position_embeddings
     factor = rope.number("factor")
+    if rope.rot_dim <= 2:
+        raise UnsupportedModelError("Rotary scaling 'dynamic' needs more than one frequency.")
     stretch = factor * max(max_model_len, trained_len) / trained_len - (factor - 1)
     return rope.inv_freq(rope.theta * stretch ** (rope.rot_dim / (rope.rot_dim - 2))), 1.0
 

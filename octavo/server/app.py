@@ -105,6 +105,6 @@ def _guarded(state: ServerState, endpoint: Endpoint) -> Callable[[Request], Awai
     return answer
 
 
-def _pass_on(request: Request, exc: Exception) -> Response:
+async def _pass_on(request: Request, exc: Exception) -> Response:
     """Leave unknown routes and wrong methods to the Gate, which answers every failure."""
     raise exc

@@ -21,6 +21,8 @@ from octavo.server.fields import IGNORED, UNSUPPORTED
 MAX_NESTING = 64
 MAX_CONTAINERS = 50_000  # objects and arrays in one body
 
+_MAX_QUOTED = 300  # characters of a name that a client made up
+
 S = TypeVar("S", bound=msgspec.Struct)
 
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
@@ -147,6 +149,7 @@ def _unknown_field(name: str, schema: type[msgspec.Struct]) -> InvalidRequestErr
 def _validation_error(message: str) -> InvalidRequestError:
     match = _VALIDATION.fullmatch(message)
     detail, path = match.groups() if match else (message, None)
+    detail, path = detail[:_MAX_QUOTED], path and path[:_MAX_QUOTED]
     where = f"{path}: " if path else ""
     if missing := re.fullmatch(r"Object missing required field `(.*)`", detail):
         param = f"{path}.{missing[1]}" if path else missing[1]

@@ -173,17 +173,27 @@ class BoundedProtocol(HttpToolsProtocol):
     def _refuse(self, error: ApiError) -> None:
         """Answer and close, but only after a moment of discarding what still comes in: a reset
         connection would reach the client before the answer does.
+
+        While a former request is being answered, that answer is the last: the client would take
+        this one for it.
         """
+        self._stop_timer()
+        self._refused = True
+        if self._owes_an_answer():
+            self.cycle.keep_alive = False
+            return
         body = msgspec.json.encode(ErrorBody(error.error))
         head = (
             f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\n"
             f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
             f"connection: close\r\n{_STANDING.decode()}\r\n"
         )
-        self._refused = True
-        self._stop_timer()
         self.transport.write(head.encode() + body)
         self.loop.call_later(_LINGER_S, self.transport.close)
+
+    def _owes_an_answer(self) -> bool:
+        cycle = self.cycle
+        return cycle is not None and not cycle.more_body and not cycle.response_complete
 
 
 def _num_unread_bytes(transport: asyncio.Transport) -> int:

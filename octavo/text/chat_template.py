@@ -4,40 +4,42 @@ from __future__ import annotations
 
 import datetime
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jinja2
-import jinja2.runtime
 from jinja2 import nodes
-from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from octavo.checkpoint import Checkpoint
 from octavo.errors import CheckpointError, InvalidRequestError
+from octavo.text.sandbox import Sandbox, metered
 
+MAX_TEMPLATE_CHARS = 256 << 10  # the longest on the hub have some 30,000
 MAX_OUTPUT_CHARS = 32 << 20
-MAX_RENDER_S = 10.0
-_MAX_FACTOR = 100_000  # as the sandbox has it for range()
 
 
 class ChatTemplate:
     """Renders a conversation to the text that the model was trained on.
 
-    The sandbox keeps templates away from Python's insides and limits ranges; text and time are
-    limited here, between two pieces of output.
+    `sandbox` keeps templates away from Python's insides and bounds the time and memory they take.
     """
 
     def __init__(
         self, template: str, bos_token: str | None = None, eos_token: str | None = None
     ) -> None:
         self._tokens = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
+        if len(template) > MAX_TEMPLATE_CHARS:
+            raise CheckpointError(
+                f"The chat template has {len(template)} characters; at most {MAX_TEMPLATE_CHARS} "
+                f"are read. Put a shorter chat_template.jinja into the model's folder."
+            )
         try:
-            self._template = _environment().from_string(template)
-        except jinja2.TemplateError as error:
+            self._template = _environment().compile_metered(template)
+        except (
+            Exception
+        ) as error:  # Python's compiler refuses what is nested too deep, in many ways
             raise CheckpointError(f"The chat template is not valid Jinja: {error}") from error
 
     @classmethod
@@ -72,16 +74,17 @@ class ChatTemplate:
             "tools": tools,
             "documents": documents,
         }
-        deadline = time.monotonic() + MAX_RENDER_S
         pieces, num_chars = [], 0
         try:
-            for piece in self._template.generate(variables):
-                pieces.append(piece)
-                num_chars += len(piece)
-                if num_chars > MAX_OUTPUT_CHARS or time.monotonic() > deadline:
-                    raise InvalidRequestError(
-                        "The chat template's output is too long; send fewer messages.", "messages"
-                    )
+            with metered():
+                for piece in self._template.generate(variables):
+                    pieces.append(piece)
+                    num_chars += len(piece)
+                    if num_chars > MAX_OUTPUT_CHARS:
+                        raise InvalidRequestError(
+                            "The chat template's output is too long; send fewer messages.",
+                            "messages",
+                        )
         except InvalidRequestError:
             raise
         except jinja2.TemplateError as error:
@@ -153,30 +156,14 @@ class _GenerationTag(Extension):
         return nodes.Scope(body, lineno=line)
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses also to multiply texts, lists and numbers into something huge."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def call_binop(
-        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
-    ) -> Any:
-        sizes = [len(x) if isinstance(x, str | list | tuple) else x for x in (left, right)]
-        if any(isinstance(size, int) and abs(size) > _MAX_FACTOR for size in sizes) or (
-            operator == "**" and isinstance(right, int) and right > 64
-        ):
-            raise SecurityError(f"the operands of {operator} are too large")
-        return super().call_binop(context, operator, left, right)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment() -> Sandbox:
     """The environment that templates on the hub are written for: transformers' filters and
     whitespace rules.
     """
-    environment = _Sandbox(
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
     )
-    environment.filters["tojson"] = _to_json
+    environment.add_filter("tojson", _to_json)
     functions: dict[str, Callable[..., Any]] = {
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,

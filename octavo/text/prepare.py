@@ -11,6 +11,7 @@ from octavo.text.tokenizer import Tokenizer
 from octavo.types import EngineInfo, EngineRequest, SamplingParams
 
 MAX_STOP_CHARS = 16_384  # of all stop strings of a request together
+MAX_BAD_WORD_CHARS = 16_384  # of all bad words together: each is tokenised twice
 _SEED_BITS = 63
 
 _system_random = random.SystemRandom()
@@ -161,6 +162,10 @@ def _check_strings(params: SamplingParams, tokenizer: Tokenizer | None) -> None:
     if sum(map(len, params.stop_strings)) > MAX_STOP_CHARS:
         raise InvalidRequestError(
             f"The stop strings have more than {MAX_STOP_CHARS} characters together.", "stop"
+        )
+    if sum(map(len, params.bad_words or ())) > MAX_BAD_WORD_CHARS:
+        raise InvalidRequestError(
+            f"The bad words have more than {MAX_BAD_WORD_CHARS} characters together.", "bad_words"
         )
 
 

@@ -44,6 +44,9 @@ class Tokenizer:
             layout = json.loads(tokenizer_json)
         except Exception as error:  # the library raises bare Exceptions
             raise CheckpointError(f"tokenizer.json cannot be used: {error}") from error
+        except BaseException as error:
+            _refuse_panic(error)
+            raise
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab(True).values(), default=-1) + 1
@@ -116,6 +119,9 @@ class Tokenizer:
             raise InvalidRequestError(
                 "The text cannot be encoded: it must be a string without lone surrogates."
             ) from error
+        except BaseException as error:
+            _refuse_panic(error)
+            raise
         ids = [encoding.ids for encoding in found]
         if add_special_tokens and (self._prefix or self._suffix):
             return [self._wrapped(one) for one in ids]
@@ -132,7 +138,11 @@ class Tokenizer:
         `spaces_between_special_tokens` is taken for compatibility: tokenizer.json decoders put no
         spaces there, as in transformers' fast tokenizers.
         """
-        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        try:
+            return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            _refuse_panic(error)
+            raise
 
     def id_to_token(self, token_id: int) -> str | None:
         return self._tokenizer.id_to_token(token_id)
@@ -181,6 +191,14 @@ class Tokenizer:
             if token_id is not None:
                 found[token_id] = value
         return found
+
+
+def _refuse_panic(error: BaseException) -> None:
+    """A tokenizer.json that contradicts itself makes the library panic, sometimes only in use.
+    Rust's panics are no Exceptions, and nobody expects them.
+    """
+    if type(error).__name__ == "PanicException":
+        raise CheckpointError(f"tokenizer.json cannot be used: {error}") from error
 
 
 def _kinds(decoder: dict[str, Any] | None) -> tuple[str, ...]:

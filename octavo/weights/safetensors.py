@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +31,18 @@ def iter_safetensors(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]
                             f"{path.parent}; remove the file that does not belong there."
                         )
                     origin[name] = path
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+                    yield name, _read(file, name)
+        except (SafetensorError, OSError, _BadTensorError) as error:
             raise WeightsError(f"{path} cannot be read: {error}. Download it again.") from error
+
+
+class _BadTensorError(Exception):
+    """A header that the library takes, and torch does not."""
+
+
+def _read(file: Any, name: str) -> torch.Tensor:
+    try:
+        tensor: torch.Tensor = file.get_tensor(name)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise _BadTensorError(f"tensor {name!a}: {error}") from error
+    return tensor

@@ -114,6 +114,15 @@ BROKEN = {
     "huge": _with_tensors(_tensor("t", [1 << 62, 1 << 62], 0, 0)),
     "empty tensor": _with_tensors(_tensor("t", [8, 0], 0, 0)),
     "no dimension": _with_tensors(_tensor("t", [], 0, 0)),
+    "between alignments": _with_tensors(_tensor("t", [8], 0, 4)),
+    "odd alignment": b"GGUF"
+    + struct.pack("<IQQ", 3, 0, 1)
+    + _string("general.alignment")
+    + struct.pack("<II", 4, 12),
+    "parts in an array": b"GGUF"
+    + struct.pack("<IQQ", 3, 0, 1)
+    + _string("split.count")
+    + struct.pack("<IIQ2I", 9, 4, 2, 1, 2),
     "ragged blocks": _with_tensors(_tensor("t", [33], 2, 0)),
 }
 
@@ -124,6 +133,41 @@ def test_broken_headers(tmp_path, name):
     path.write_bytes(BROKEN[name])
     with pytest.raises(CheckpointError, match=r"broken\.gguf"):
         GgufFile.open(path)
+
+
+def test_bools_are_zero_and_one(tmp_path):
+    path = tmp_path / "m.gguf"
+    value = struct.pack("<IIQ", 9, 7, 3) + b"\x00\x01\xff"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + _string("k") + value)
+    assert GgufFile.open(path).metadata["k"].view(np.uint8).tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("arch", "extra", "says"),
+    [
+        ("llama", {"llama.attention.key_length": 0}, "key_length must be a positive"),
+        ("phi3", {"phi3.attention.key_length": 0}, "key_length must be a positive"),
+        ("llama", {"llama.attention.head_count_kv": 0}, "head_count_kv must be a positive"),
+        ("llama", {"llama.attention.head_count": 1 << 30}, "head"),
+        ("llama", {"llama.embedding_length": 128}, "not 128 wide"),
+        ("llama", {"llama.rope.freq_base": -1.0}, "freq_base must be above 1"),
+        ("llama", {"tokenizer.ggml.add_bos_token": "yes"}, "add_bos_token must be true or false"),
+    ],
+)
+def test_metadata_that_no_model_can_have(tmp_path, arch, extra, says):
+    path = tmp_path / "m.gguf"
+    write_gguf(path, arch, extra=extra)
+    with pytest.raises(CheckpointError, match=says):
+        open_gguf("m", path)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+def test_rope_factors_are_finite_and_positive(tmp_path, bad):
+    path = tmp_path / "m.gguf"
+    factors = np.array([1.0] * 31 + [bad], np.float32)
+    write_gguf(path, extra_tensors={"rope_freqs.weight": factors})
+    with pytest.raises(CheckpointError, match="finite numbers above 0"):
+        open_gguf("m", path)
 
 
 def test_damage_anywhere_is_an_error_or_harmless(tmp_path):

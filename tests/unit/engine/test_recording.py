@@ -5,139 +5,24 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.fake_runner import FakeRunner, expected_tokens
+from support.fake_runner import expected_tokens
+from support.flights import BLOCKS, BUDGET, INFO, MAX_LEN, Device, fly, request
 
-from octavo.config import EngineArgs, SchedulerConfig
+from octavo.config import EngineArgs
 from octavo.engine import recording
-from octavo.engine.recording import RecordedRunner, Recorder, Recording
+from octavo.engine.recording import Recorder, Recording
 from octavo.engine.replay import Outcome, Replay
-from octavo.engine.tape import Tape
+from octavo.engine.tape import Tape, frame_of, frames_of
 from octavo.errors import ConfigError
-from octavo.kvcache import KVCache
-from octavo.sched.plan import StepPlan, StepResult
-from octavo.sched.scheduler import Scheduler
-from octavo.types import EngineInfo, EngineRequest, SamplingParams
-
-BLOCK, BLOCKS, MAX_LEN, BUDGET = 4, 40, 64, 24
-INFO = EngineInfo(
-    model="m",
-    architecture="X",
-    dtype="float32",
-    device="cpu",
-    max_model_len=MAX_LEN,
-    vocab_size=50,
-    eos_token_ids=(),
-    block_size=BLOCK,
-    num_blocks=BLOCKS - 1,
-    kv_capacity_tokens=BLOCK * (BLOCKS - 1),
-    max_num_seqs=5,
-    max_num_batched_tokens=BUDGET,
-    enable_prefix_caching=True,
-)
-
-
-class Now:
-    def __init__(self, result: StepResult) -> None:
-        self._result = result
-
-    def wait(self) -> StepResult:
-        return self._result
-
-
-class Report:
-    seconds: dict[str, float] = {}  # noqa: RUF012
-    memory_bytes: dict[str, int] = {}  # noqa: RUF012
-
-
-class Device:
-    """The fake runner with a real one's face."""
-
-    num_blocks = BLOCKS
-    report = Report()
-
-    def __init__(self) -> None:
-        self.fake = FakeRunner(BLOCKS, BLOCK)
-
-    def submit(self, plan: StepPlan) -> Now:
-        return Now(self.fake.execute(plan))
-
-    def set_last_tokens(self, rows: Sequence[int], token_ids: Sequence[int]) -> None:
-        for row, token_id in zip(rows, token_ids, strict=True):
-            if row in self.fake.rows:
-                self.fake.rows[row].last_token = token_id
-
-    def prepare_more(self) -> bool:
-        return False
-
-    def close(self) -> None:
-        pass
-
-
-def request(
-    request_id: int, prompt_len: int, max_tokens: int, own: int = 0, stops: tuple[int, ...] = ()
-) -> EngineRequest:
-    """Prompts of one `own` share their beginning."""
-    return EngineRequest(
-        request_id=request_id,
-        prompt_token_ids=tuple((i * 7 + own) % 50 for i in range(prompt_len)),
-        stop_token_ids=stops,
-        params=SamplingParams(),
-        max_total_len=min(prompt_len + max_tokens, MAX_LEN),
-        seed=request_id % 3,
-    )
-
-
-def fly(
-    tape: Tape,
-    requests: Sequence[EngineRequest],
-    *,
-    depth: int,
-    steps: int,
-    abort: int = -1,
-    every: int = 2,
-    burst: int = 1,
-    threshold: int = 0,
-) -> None:
-    """An engine that dies after `steps` steps."""
-    config = SchedulerConfig(
-        max_num_seqs=5,
-        max_num_batched_tokens=BUDGET,
-        max_model_len=MAX_LEN,
-        block_size=BLOCK,
-        policy="fcfs",
-        enable_prefix_caching=True,
-        long_prefill_token_threshold=threshold,
-        async_depth=depth,
-    )
-    scheduler = Scheduler(config, KVCache(BLOCKS, BLOCK, enable_prefix_caching=True))
-    recorder = Recorder(tape.fds, EngineArgs())
-    runner = RecordedRunner(Device(), recorder)
-    recorder.begin(INFO, [], [])
-    in_flight = []
-    queue = list(requests)
-    for step in range(steps):
-        if step % every == 0:
-            for _ in range(burst):
-                if queue:
-                    scheduler.add(queue.pop(0))
-        if step == abort:
-            scheduler.abort([1])
-        plan = scheduler.schedule()
-        if plan is not None:
-            in_flight.append((plan, runner.submit(plan)))
-        if in_flight and (plan is None or len(in_flight) > depth):
-            oldest, pending = in_flight.pop(0)
-            scheduler.apply(oldest, pending.wait())
-        if recorder.is_full:
-            plans = [plan for plan, _ in in_flight]
-            recorder.begin(INFO, scheduler.snapshot(plans), plans)
 
 
 def replay(path: Path) -> Outcome:
@@ -308,3 +193,81 @@ def test_the_fake_device_is_worth_replaying() -> None:
     one, other = request(1, 12, 9), dataclasses.replace(request(1, 12, 9), seed=2)
     assert expected_tokens(one) != expected_tokens(other)
     assert np.unique(expected_tokens(one)[0]).size > 1
+
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+def changed(path: Path, kind: str, change: Change) -> Path:
+    """The dump with the first record of that kind changed, after those that admit rows."""
+    frames = [msgspec.msgpack.decode(frame) for frame in frames_of(path.read_bytes())]
+    records = [frame for frame in frames if frame["type"] == kind]
+    change(records[-1])
+    path.write_bytes(b"".join(map(frame_of, frames)))
+    return path
+
+
+def array(name: str, value: int) -> Change:
+    def change(record: dict[str, Any]) -> None:
+        data = np.frombuffer(record["arrays"][name], "<i4").copy()
+        data[-1] = value
+        record["arrays"][name] = data.tobytes()
+
+    return change
+
+
+def admission(**fields: Any) -> Change:
+    return lambda record: record["admitted"][0]["request"].update(fields)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("plan", array("rows", 5)),
+        ("plan", array("rows", -1)),
+        ("plan", array("starts", -1)),
+        ("plan", array("starts", 2**31 - 1)),
+        ("plan", array("chunk_lens", 0)),
+        ("plan", array("chunk_lens", 2**31 - 1)),
+        ("plan", array("token_ids", 50)),
+        ("plan", array("token_ids", -1)),
+        ("plan", array("block_ids", 0)),
+        ("plan", array("block_ids", BLOCKS)),
+        ("plan", array("block_cols", 16)),
+        ("plan", array("block_cols", -1)),
+        ("plan", array("block_rows", 5)),
+        ("plan", lambda record: record.update(num_decodes=9)),
+        ("plan", lambda record: record.update(num_decodes=-1)),
+        ("plan", lambda record: record.update(samples=b"")),
+        ("plan", lambda record: record.update(freed_rows=[9])),
+        ("plan", lambda record: record["arrays"].pop("rows")),
+        ("plan", lambda record: record["arrays"].update(more=b"")),
+        ("plan", lambda record: record["arrays"].update(rows=b"123")),
+        ("plan", admission(prompt_token_ids=[50])),
+        ("plan", admission(prompt_token_ids=[])),
+        ("plan", admission(prompt_token_ids=[1] * (MAX_LEN + 1))),
+        ("plan", admission(stop_token_ids=[-1])),
+        ("plan", admission(seed=-1)),
+        ("plan", admission(params={"logit_bias": {60: 1.0}})),
+        ("plan", admission(params={"temperature": -1.0})),
+        ("plan", lambda record: record["admitted"].append(record["admitted"][0])),
+        ("result", lambda record: record.update(token_ids=b"")),
+        ("result", lambda record: record.update(token_ids=b"123")),
+        ("result", lambda record: record.update(token_ids=b"\xff\xff\xff\xff")),
+        ("start", lambda record: record["info"].update(block_size=0)),
+        ("start", lambda record: record["info"].update(model=b"\xff")),
+        ("rows", lambda record: record.update(type="end", cause="", at="")),
+    ],
+)
+def test_a_recording_that_no_engine_wrote_is_refused(
+    tmp_path: Path, kind: str, change: Change
+) -> None:
+    """A runner writes where a plan tells it, so nothing of this may reach one."""
+    tape = Tape()
+    fly(tape, [request(7, 10, 20)], depth=0, steps=1)
+    path = tape.dump(tmp_path, "x")
+    tape.close()
+    assert path is not None
+    assert Recording.read(path).steps[0].plan.admitted
+    with pytest.raises(ConfigError, match="recording"):
+        Recording.read(changed(path, kind, change))

@@ -108,6 +108,16 @@ def test_garbage_gets_openais_shape(server):
     assert json.loads(reply.split(b"\r\n\r\n")[1])["error"]["code"] == "invalid_http"
 
 
+def test_garbage_after_a_request_does_not_answer_it(server):
+    """The request's answer comes, and no other: an error before it would be taken for it."""
+    server.engine.step_s = 0.05
+    body = b'{"prompt": "hi", "max_tokens": 3}'
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    reply = exchange(server.url, head.encode() + body + b"\x16\x03\x01 no HTTP\r\n\r\n")
+    assert reply.startswith(b"HTTP/1.1 200")
+    assert reply.count(b"HTTP/1.1") == 1
+
+
 def test_keep_alive_connections_start_a_new_count(server):
     request = b"GET /livez HTTP/1.1\r\nhost: x\r\nx-a: " + b"a" * 30_000 + b"\r\n\r\n"
     last = request.replace(b"host: x", b"host: x\r\nconnection: close")

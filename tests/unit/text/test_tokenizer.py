@@ -116,3 +116,19 @@ def test_from_checkpoint():
     assert (tokenizer.bos_token, tokenizer.eos_token_id) == ("<s>", 1)
     with pytest.raises(CheckpointError, match="/models/m"):
         Tokenizer.from_checkpoint(checkpoint("{}"))
+
+
+def test_a_panic_of_the_library_is_an_error_of_the_file():
+    layout = json.loads(byte_level_json())
+    layout["model"]["continuing_subword_prefix"] = "x" * 20  # longer than what it is taken from
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be used"):
+        Tokenizer(json.dumps(layout))
+
+
+def test_a_panic_in_use_is_one_too():
+    layout = json.loads(byte_level_json())
+    layout["decoder"] = {"type": "Strip", "content": "h", "start": 1, "stop": 32}
+    tokenizer = Tokenizer(json.dumps(layout))
+    ids = tokenizer.encode("h")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be used"):
+        tokenizer.decode(ids)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -199,3 +200,14 @@ def test_the_real_model_loads_fast(smollm2_dir):
     load_weights(model, config("safetensors", (path,), **hf), progress=True)
     assert time.perf_counter() - start < 5  # 0.1 s on a quiet machine
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [[0, 2**64 - 1], [2, 0, 2**63]])
+def test_shapes_that_only_the_library_takes(tmp_path, shape):
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+    header = json.dumps({"a.weight": entry}).encode()
+    path = tmp_path / "odd.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(WeightsError, match=r"odd\.safetensors cannot be read"):
+        for _ in iter_safetensors([path]):
+            pass
