@@ -91,12 +91,13 @@ def test_extreme_values_do_not_overflow(isa, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_has_the_same_bits_in_any_batch(isa, kind):
     torch.manual_seed(0)
-    blocks, _ = blocks_of(kind, torch.randn(77, 96))
-    matrix = ops.PackedMatrix(kind, 77, 96)
+    blocks, _ = blocks_of(kind, torch.randn(77, 608))  # long enough for tiles of few rows
+    matrix = ops.PackedMatrix(kind, 77, 608)
     matrix.fill(blocks)
-    x = torch.randn(301, 96)
+    x = torch.randn(301, 608)
     whole = matrix.multiply(x)
-    for num_threads, start, num in ((1, 0, 1), (2, 300, 1), (1, 5, 3), (2, 7, 13), (3, 100, 150)):
+    parts = ((1, 0, 1), (2, 300, 1), (1, 5, 3), (2, 7, 13), (1, 40, 16), (3, 1, 17), (3, 100, 150))
+    for num_threads, start, num in parts:
         library.set_threads(num_threads)
         assert torch.equal(matrix.multiply(x[start : start + num]), whole[start : start + num])
 

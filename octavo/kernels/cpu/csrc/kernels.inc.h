@@ -97,41 +97,42 @@ static void quantize(const float *x, int32_t in_features, activations *to, int64
         }
         int32_t sum = 0;
         for (int l = 0; l < LANES; l++) sum += sums[l];
-        int64_t cell = row * to->num_groups + g;
+        int64_t cell = cell_of(to, row) + g * CELL_ROWS;
         to->scale[cell] = scale;
         to->sum[cell] = sum;
         to->xsum[cell] = scale * (float)sum;
     }
 }
 
-/* `num` rows of activations times one panel: LANES results each. */
+/* `num` rows of activations, all of one cell, times one panel: LANES results each. */
 INLINE void multiply_panel(const int num, const int kind, const uint8_t *panel, const int8_t *q,
                            const activations *x, int64_t row, vf *result) {
     const int32_t num_groups = x->num_groups;
     const size_t stride = (size_t)num_groups * GROUP;
     const size_t quants = (kind == Q8_0 ? 32 : 16) * LANES;
     const size_t group_size = quants + (kind == Q4_1 ? 4 : 2) * LANES;
+    int64_t cell = cell_of(x, row);
     for (int r = 0; r < num; r++) result[r] = (vf){};
-    for (int32_t g = 0; g < num_groups; g++, panel += group_size, q += GROUP) {
-        const int64_t cell = row * num_groups + g;
+    for (int32_t g = 0; g < num_groups;
+         g++, panel += group_size, q += GROUP, cell += CELL_ROWS) {
         vi dots[MR];
         for (int r = 0; r < num; r++) dots[r] = (vi){};
         if (kind == Q8_0) {
-            dot_q8(num, panel, q, stride, x->sum + cell, num_groups, dots);
+            dot_q8(num, panel, q, stride, x->sum + cell, dots);
         } else {
             dot_q4(num, panel, q, stride, dots);
             if (kind == Q4_0)
-                for (int r = 0; r < num; r++) dots[r] -= 8 * x->sum[cell + (int64_t)r * num_groups];
+                for (int r = 0; r < num; r++) dots[r] -= 8 * x->sum[cell + r];
         }
         vf scale = load_half(panel + quants);
         for (int r = 0; r < num; r++) {
-            vf both = scale * splat(x->scale[cell + (int64_t)r * num_groups]);
+            vf both = scale * splat(x->scale[cell + r]);
             result[r] = vfma(to_float(dots[r]), both, result[r]);
         }
         if (kind == Q4_1) {
             vf least = load_half(panel + quants + 2 * LANES);
             for (int r = 0; r < num; r++)
-                result[r] = vfma(least, splat(x->xsum[cell + (int64_t)r * num_groups]), result[r]);
+                result[r] = vfma(least, splat(x->xsum[cell + r]), result[r]);
         }
     }
 }
@@ -179,17 +180,25 @@ INLINE void linear_of_kind(const int kind, const matrix *m, const activations *x
     }
 }
 
+/* Activations that stay in the first-level cache while panels pass by. */
+#define NEAR_BYTES 20000
+
 static void linear(const matrix *m, const activations *x, int64_t row_begin, int64_t row_end,
                    const float *bias, float *out, int64_t out_stride, int32_t panel_begin,
                    int32_t panel_end) {
+    int64_t cells = NEAR_BYTES / (m->num_groups * GROUP * CELL_ROWS);
+    int64_t step = (cells > 1 ? cells : 1) * CELL_ROWS;
 #define OF(kind) \
-    linear_of_kind(kind, m, x, row_begin, row_end, bias, out, out_stride, panel_begin, panel_end)
-    if (m->kind == Q4_1)
-        OF(Q4_1);
-    else if (m->kind == Q4_0)
-        OF(Q4_0);
-    else
-        OF(Q8_0);
+    linear_of_kind(kind, m, x, row, end, bias, out, out_stride, panel_begin, panel_end)
+    for (int64_t row = row_begin; row < row_end; row += step) {
+        int64_t end = row + step < row_end ? row + step : row_end;
+        if (m->kind == Q4_1)
+            OF(Q4_1);
+        else if (m->kind == Q4_0)
+            OF(Q4_0);
+        else
+            OF(Q8_0);
+    }
 #undef OF
 }
 

@@ -33,12 +33,14 @@ typedef struct {
     int32_t num_groups; /* ceil(in_features / GROUP) */
 } matrix;
 
-/* Rows of activations in 8 bits: x[i] = scale[g] * q[i]. */
+/* Rows of activations in 8 bits: x[i] = scale[g] * q[i]. There is room for a multiple of CELL_ROWS
+ * rows; what a group has one of per row lies side by side for CELL_ROWS rows. */
+#define CELL_ROWS 16
 typedef struct {
     int8_t *q;      /* [rows][num_groups * GROUP] */
-    float *scale;   /* [rows][num_groups] */
-    int32_t *sum;   /* [rows][num_groups]: of q */
-    float *xsum;    /* [rows][num_groups]: scale * sum */
+    float *scale;   /* [rows / CELL_ROWS][num_groups][CELL_ROWS] */
+    int32_t *sum;   /* the same: sum of q */
+    float *xsum;    /* the same: scale * sum */
     int32_t num_groups;
 } activations;
 
@@ -109,6 +111,11 @@ void pool_resize(int32_t num_threads);
 
 static inline int32_t least(int64_t a, int64_t b) { return (int32_t)(a < b ? a : b); }
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Where the scale and sums of group 0 of a row lie; those of the next group lie CELL_ROWS further. */
+static inline int64_t cell_of(const activations *x, int64_t row) {
+    return row / CELL_ROWS * CELL_ROWS * x->num_groups + row % CELL_ROWS;
+}
 
 #define ROWS_OF(chunk, num_rows, num_chunks)                      \
     int64_t begin = (num_rows) * (int64_t)(chunk) / (num_chunks), \
