@@ -91,8 +91,8 @@ INLINE_ISA void transpose(vf *y) {
 
 #include "kernels.inc.h"
 
-const isa isa_avx2 = {"avx2", LANES, 0,      quantize, linear, rms_norm,
-                      rotate, gate,  attend, merge,    argmax};
+const isa isa_avx2 = {"avx2", LANES, 0, quantize, to_q8_0, linear, rms_norm, rotate,
+                      gate, attend, merge, argmax};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

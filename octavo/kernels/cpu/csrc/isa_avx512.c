@@ -86,8 +86,8 @@ INLINE_ISA void transpose(vf *x) {
 
 #include "kernels.inc.h"
 
-const isa isa_avx512 = {"avx512", LANES, 0x80,   quantize, linear, rms_norm,
-                        rotate,   gate,  attend, merge,    argmax};
+const isa isa_avx512 = {"avx512", LANES, 0x80, quantize, to_q8_0, linear, rms_norm, rotate,
+                        gate, attend, merge, argmax};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -50,8 +50,8 @@ INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, size_t 
 
 #include "kernels.inc.h"
 
-const isa isa_neon = {"neon", LANES, 0,      quantize, linear, rms_norm,
-                      rotate, gate,  attend, merge,    argmax};
+const isa isa_neon = {"neon", LANES, 0, quantize, to_q8_0, linear, rms_norm, rotate,
+                      gate, attend, merge, argmax};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

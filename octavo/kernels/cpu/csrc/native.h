@@ -24,6 +24,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 enum { Q4_0 = 0, Q4_1 = 1, Q8_0 = 2 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 typedef struct {
     uint8_t *packed;
@@ -88,6 +89,7 @@ typedef struct {
     int32_t lanes;
     uint8_t flip8;
     void (*quantize)(const float *x, int32_t in_features, activations *to, int64_t row);
+    void (*to_q8_0)(const uint8_t *x, int32_t type, int64_t size, uint8_t *blocks);
     void (*linear)(const matrix *m, const activations *x, int64_t row_begin, int64_t row_end,
                    const float *bias, float *out, int64_t out_stride, int32_t panel_begin,
                    int32_t panel_end);
