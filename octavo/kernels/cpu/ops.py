@@ -132,9 +132,7 @@ def to_q8_0(x: torch.Tensor) -> torch.Tensor:
     num_rows, size = x.shape
     x = x.contiguous() if x.dtype in NUMBERS else x.to(torch.float32).contiguous()
     blocks = torch.empty((num_rows, -(-size // GROUP) * BLOCK_BYTES["Q8_0"]), dtype=torch.uint8)
-    _LIBRARY.octavo_to_q8_0(
-        x.data_ptr(), NUMBERS[x.dtype], num_rows, size, blocks.data_ptr()
-    )
+    _LIBRARY.octavo_to_q8_0(x.data_ptr(), NUMBERS[x.dtype], num_rows, size, blocks.data_ptr())
     return blocks
 
 
