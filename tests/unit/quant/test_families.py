@@ -49,13 +49,14 @@ def run(reference: Reference, quantization: str) -> PagedRun:
 def test_close_to_float32(family):
     name, config, stacks = FAMILIES[family]
     reference = Reference(getattr(transformers, f"{name}Config")(**SIZES | config))
+    for tensor_name, tensor in reference.checkpoint.items():
+        if "experts" not in tensor_name and tensor_name.endswith(".gate.weight"):
+            tensor *= 20  # routers with an opinion: a near tie could fall either way
     exact, quantized = run(reference, "none"), run(reference, "int8")
     assert (len(quantized.model.layers) == 1) == stacks
     for seq in (0, 1):
         expected = exact.result(seq)
-        errors = (quantized.result(seq) - expected).norm(dim=-1) / expected.norm(dim=-1)
-        assert errors.median() < 0.05
-        assert errors.max() < 0.5  # where a router was torn between two experts
+        assert (quantized.result(seq) - expected).norm() / expected.norm() < 0.05
         agreed = quantized.result(seq).argmax(-1) == expected.argmax(-1)
         assert agreed.float().mean() > 0.8
 
