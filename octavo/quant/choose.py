@@ -7,14 +7,22 @@ from torch import nn
 from octavo.config.sections import Quantization
 from octavo.layers.embedding import TiedMethod
 from octavo.layers.linear import MatrixLayer
+from octavo.layers.moe import MoE
 from octavo.quant.int8 import Int8Method
 
 
 def quantize(model: nn.Module, quantization: Quantization) -> None:
-    """Change every matrix of a model whose weights are not loaded yet. "none" changes nothing."""
+    """Change every matrix of a model whose weights are not loaded yet. "none" changes nothing.
+
+    Experts stay as they are, for they are no matrices but stacks of them, and so do their routers:
+    they are small, and what they decide jumps.
+    """
     if quantization == "none":
         return
     method = Int8Method()
+    routers = {layer.gate for layer in model.modules() if isinstance(layer, MoE)}
     for layer in model.modules():
-        if isinstance(layer, MatrixLayer) and not isinstance(layer.method, TiedMethod):
+        if not isinstance(layer, MatrixLayer) or layer in routers:
+            continue
+        if not isinstance(layer.method, TiedMethod):
             layer.change_method(method)

@@ -82,7 +82,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "octavo_get_threads": (c_int32, ()),
     "octavo_packed_bytes": (c_int64, (c_int32, c_int64, c_int64)),
     "octavo_pack": (None, (POINTER(Matrix), c_void_p, c_int64, c_int64)),
-    "octavo_to_q8_0": (None, (c_void_p, c_int64, c_int64, c_void_p)),
+    "octavo_to_q8_0": (None, (c_void_p, c_int32, c_int64, c_int64, c_void_p)),
     "octavo_lookup": (None, (POINTER(Matrix), c_void_p, c_int64, c_void_p)),
     "octavo_linear": (None, (POINTER(Matrix), c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
     "octavo_rms_norm": (

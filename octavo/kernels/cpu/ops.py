@@ -28,7 +28,7 @@ ACTIVATIONS = {
 KINDS = {"Q4_0": 0, "Q4_1": 1, "Q8_0": 2}
 BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 GROUP = 32
-
+NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _scope = threading.local()
 
@@ -73,8 +73,9 @@ class PackedMatrix:
         num_bytes = _LIBRARY.octavo_packed_bytes(KINDS[kind], in_features, out_features)
         self.kind = kind
         self.shape = (out_features, in_features)
-        # Zeroed: the last panel may have rows that are nobody's.
-        self.packed = torch.zeros(num_bytes, dtype=torch.uint8, device="cpu")
+        self.packed = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+        # The last panel may have rows that are nobody's.
+        self.packed[-_LIBRARY.octavo_packed_bytes(KINDS[kind], in_features, 1) :] = 0
         self.native = Matrix(
             self.packed.data_ptr(),
             KINDS[kind],
@@ -129,9 +130,9 @@ def to_q8_0(x: torch.Tensor) -> torch.Tensor:
     """
     assert _LIBRARY is not None
     num_rows, size = x.shape
-    x = x.to(torch.float32).contiguous()
+    x = x.contiguous() if x.dtype in NUMBERS else x.to(torch.float32).contiguous()
     blocks = torch.empty((num_rows, -(-size // GROUP) * BLOCK_BYTES["Q8_0"]), dtype=torch.uint8)
-    _LIBRARY.octavo_to_q8_0(x.data_ptr(), num_rows, size, blocks.data_ptr())
+    _LIBRARY.octavo_to_q8_0(x.data_ptr(), NUMBERS[x.dtype], num_rows, size, blocks.data_ptr())
     return blocks
 
 

@@ -91,18 +91,20 @@ def test_extreme_values_do_not_overflow(isa, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_has_the_same_bits_in_any_batch(isa, kind):
     torch.manual_seed(0)
-    blocks, _ = blocks_of(kind, torch.randn(77, 96))
-    matrix = ops.PackedMatrix(kind, 77, 96)
+    blocks, _ = blocks_of(kind, torch.randn(77, 608))  # long enough for tiles of few rows
+    matrix = ops.PackedMatrix(kind, 77, 608)
     matrix.fill(blocks)
-    x = torch.randn(301, 96)
+    x = torch.randn(301, 608)
     whole = matrix.multiply(x)
-    for num_threads, start, num in ((1, 0, 1), (2, 300, 1), (1, 5, 3), (2, 7, 13), (3, 100, 150)):
+    parts = ((1, 0, 1), (2, 300, 1), (1, 5, 3), (2, 7, 13), (1, 40, 16), (3, 1, 17), (3, 100, 150))
+    for num_threads, start, num in parts:
         library.set_threads(num_threads)
         assert torch.equal(matrix.multiply(x[start : start + num]), whole[start : start + num])
 
 
-def test_float_weights_become_eight_bits(isa):
-    weight = torch.randn(7, 50, dtype=torch.bfloat16) / 50
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_float_weights_become_eight_bits(isa, dtype):
+    weight = (torch.randn(7, 50) / 50).to(dtype)
     weight[2] = 0
     matrix = ops.PackedMatrix("Q8_0", 7, 50)
     matrix.fill(ops.to_q8_0(weight))
@@ -110,6 +112,10 @@ def test_float_weights_become_eight_bits(isa):
     assert ((got - weight.float()).abs() <= weight.abs().amax().float() / 200).all()
     x = torch.randn(2, 50)
     torch.testing.assert_close(matrix.multiply(x), x @ weight.float().T, atol=0.02, rtol=0)
+    full = torch.randn(9, 96).to(dtype)  # as the reference rounds, but for ties
+    expected = torch.from_numpy(quantize(full.float().numpy(), GGMLQuantizationType.Q8_0))
+    difference = ops.to_q8_0(full).view(torch.int8).int() - expected.view(torch.int8).int()
+    assert difference.abs().max() <= 1
 
 
 @pytest.mark.parametrize("size", [1, 7, 33, 576])

@@ -43,7 +43,7 @@ static void quantize_rows(void *context, int32_t chunk) {
 }
 
 /* Rows that are multiplied with a panel before the next one: what stays in the second-level cache. */
-#define TILE_ROWS 128
+#define TILE_ROWS 128 /* a multiple of CELL_ROWS */
 
 static void multiply_panels(void *context, int32_t chunk) {
     const linear_context *c = context;
@@ -55,7 +55,7 @@ static void multiply_panels(void *context, int32_t chunk) {
 }
 
 static activations make_activations(int64_t num_rows, int32_t num_groups) {
-    int64_t cells = num_rows * num_groups;
+    int64_t cells = divide_up(num_rows, CELL_ROWS) * CELL_ROWS * num_groups;
     char *memory = scratch((size_t)cells * (GROUP + 12));
     activations a = {.q = (int8_t *)memory, .num_groups = num_groups};
     a.scale = (float *)(memory + cells * GROUP);

@@ -122,43 +122,27 @@ EXPORT void octavo_pack(const matrix *m, const uint8_t *blocks, int64_t row, int
 }
 
 typedef struct {
-    const float *x;
+    const uint8_t *x;
     int64_t num_rows, size;
     uint8_t *blocks;
+    int32_t type, num_chunks;
 } to_blocks_context;
 
 static void rows_to_q8_0(void *context, int32_t chunk) {
     const to_blocks_context *c = context;
-    int64_t num_groups = divide_up(c->size, GROUP);
-    const float *x = c->x + chunk * c->size;
-    uint8_t *block = c->blocks + (size_t)chunk * num_groups * 34;
-    for (int64_t g = 0; g < num_groups; g++, block += 34) {
-        int32_t num = least(GROUP, c->size - g * GROUP);
-        float most = 0;
-        for (int32_t i = 0; i < num; i++) {
-            float magnitude = __builtin_fabsf(x[g * GROUP + i]);
-            if (magnitude > most) most = magnitude;
-        }
-        uint16_t half = float_to_half(most / 127);
-        float scale = half_to_float(half), inverse = scale > 0 ? 1 / scale : 0;
-        memcpy(block, &half, 2);
-        for (int32_t i = 0; i < GROUP; i++) {
-            float q = i < num ? x[g * GROUP + i] * inverse : 0;
-            q = q > 127 ? 127 : q < -127 ? -127 : q;
-            block[2 + i] = (uint8_t)(int8_t)__builtin_rintf(q);
-        }
-    }
+    int64_t row_bytes = c->size * (c->type == FLOAT32 ? 4 : 2);
+    size_t block_bytes = (size_t)divide_up(c->size, GROUP) * 34;
+    ROWS_OF(chunk, c->num_rows, c->num_chunks);
+    for (int64_t row = begin; row < end; row++)
+        active->to_q8_0(c->x + row * row_bytes, c->type, c->size, c->blocks + row * block_bytes);
 }
 
-/* Rows of float32 as GGUF's Q8_0 blocks; a last group that is not full is padded with 0. */
-EXPORT void octavo_to_q8_0(const float *x, int64_t num_rows, int64_t size, uint8_t *blocks) {
+/* Rows of numbers as GGUF's Q8_0 blocks; a last group that is not full is padded with 0. */
+EXPORT void octavo_to_q8_0(const void *x, int32_t type, int64_t num_rows, int64_t size,
+                           uint8_t *blocks) {
     pthread_mutex_lock(&one_caller);
-    to_blocks_context c = {x, num_rows, size, blocks};
-    for (int64_t row = 0; row < num_rows; row += 1 << 20) {
-        c.x = x + row * size;
-        c.blocks = blocks + (size_t)row * divide_up(size, GROUP) * 34;
-        pool_run(least(num_rows - row, 1 << 20), rows_to_q8_0, &c);
-    }
+    to_blocks_context c = {x, num_rows, size, blocks, type, least(divide_up(num_rows, 16), 1 << 20)};
+    pool_run(c.num_chunks, rows_to_q8_0, &c);
     pthread_mutex_unlock(&one_caller);
 }
 

@@ -54,8 +54,8 @@ INLINE_ISA void dot_q4(const int num, const uint8_t *w, const int8_t *q, size_t 
 
 /* |w| * (a with w's sign): two products of at most 128 * 127 fit 16 bits. */
 INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, size_t stride,
-                       const int32_t *sum, int32_t sum_stride, vi *dots) {
-    (void)sum, (void)sum_stride;
+                       const int32_t *sum, vi *dots) {
+    (void)sum;
     const __m256i ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 8
     for (int v = 0; v < 8; v++) {
@@ -91,8 +91,8 @@ INLINE_ISA void transpose(vf *y) {
 
 #include "kernels.inc.h"
 
-const isa isa_avx2 = {"avx2", LANES, 0,      quantize, linear, rms_norm,
-                      rotate, gate,  attend, merge,    argmax};
+const isa isa_avx2 = {"avx2", LANES, 0, quantize, to_q8_0, linear, rms_norm, rotate,
+                      gate, attend, merge, argmax};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -50,8 +50,8 @@ INLINE_ISA void dot_q4(const int num, const uint8_t *w, const int8_t *q, size_t 
 
 /* Weights lie 128 too high (one operand is unsigned): 128 times the activations' sum comes off. */
 INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, size_t stride,
-                       const int32_t *sum, int32_t sum_stride, vi *dots) {
-    for (int r = 0; r < num; r++) dots[r] -= 128 * sum[(size_t)r * sum_stride];
+                       const int32_t *sum, vi *dots) {
+    for (int r = 0; r < num; r++) dots[r] -= 128 * sum[r];
 #pragma GCC unroll 8
     for (int v = 0; v < 8; v++) {
         __m512i weights = _mm512_loadu_si512(w + v * 64);
@@ -86,8 +86,8 @@ INLINE_ISA void transpose(vf *x) {
 
 #include "kernels.inc.h"
 
-const isa isa_avx512 = {"avx512", LANES, 0x80,   quantize, linear, rms_norm,
-                        rotate,   gate,  attend, merge,    argmax};
+const isa isa_avx512 = {"avx512", LANES, 0x80, quantize, to_q8_0, linear, rms_norm, rotate,
+                        gate, attend, merge, argmax};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

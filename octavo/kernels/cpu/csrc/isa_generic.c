@@ -27,8 +27,8 @@ INLINE_ISA void dot_q4(const int num, const uint8_t *w, const int8_t *q, size_t 
 }
 
 INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, size_t stride,
-                       const int32_t *sum, int32_t sum_stride, vi *dots) {
-    (void)sum, (void)sum_stride;
+                       const int32_t *sum, vi *dots) {
+    (void)sum;
     for (int v = 0; v < 8; v++)
         for (int r = 0; r < num; r++)
             for (int l = 0; l < LANES; l++)
@@ -38,8 +38,8 @@ INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, size_t 
 
 #include "kernels.inc.h"
 
-const isa isa_generic = {"generic", LANES, 0,      quantize, linear, rms_norm,
-                         rotate,    gate,  attend, merge,    argmax};
+const isa isa_generic = {"generic", LANES, 0, quantize, to_q8_0, linear, rms_norm, rotate,
+                         gate, attend, merge, argmax};
 
 /* ---- float16, for code that runs before an instruction set is chosen */
 

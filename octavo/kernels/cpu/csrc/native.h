@@ -24,6 +24,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 enum { Q4_0 = 0, Q4_1 = 1, Q8_0 = 2 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 typedef struct {
     uint8_t *packed;
@@ -33,12 +34,14 @@ typedef struct {
     int32_t num_groups; /* ceil(in_features / GROUP) */
 } matrix;
 
-/* Rows of activations in 8 bits: x[i] = scale[g] * q[i]. */
+/* Rows of activations in 8 bits: x[i] = scale[g] * q[i]. There is room for a multiple of CELL_ROWS
+ * rows; what a group has one of per row lies side by side for CELL_ROWS rows. */
+#define CELL_ROWS 16
 typedef struct {
     int8_t *q;      /* [rows][num_groups * GROUP] */
-    float *scale;   /* [rows][num_groups] */
-    int32_t *sum;   /* [rows][num_groups]: of q */
-    float *xsum;    /* [rows][num_groups]: scale * sum */
+    float *scale;   /* [rows / CELL_ROWS][num_groups][CELL_ROWS] */
+    int32_t *sum;   /* the same: sum of q */
+    float *xsum;    /* the same: scale * sum */
     int32_t num_groups;
 } activations;
 
@@ -86,6 +89,7 @@ typedef struct {
     int32_t lanes;
     uint8_t flip8;
     void (*quantize)(const float *x, int32_t in_features, activations *to, int64_t row);
+    void (*to_q8_0)(const uint8_t *x, int32_t type, int64_t size, uint8_t *blocks);
     void (*linear)(const matrix *m, const activations *x, int64_t row_begin, int64_t row_end,
                    const float *bias, float *out, int64_t out_stride, int32_t panel_begin,
                    int32_t panel_end);
@@ -109,6 +113,11 @@ void pool_resize(int32_t num_threads);
 
 static inline int32_t least(int64_t a, int64_t b) { return (int32_t)(a < b ? a : b); }
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Where the scale and sums of group 0 of a row lie; those of the next group lie CELL_ROWS further. */
+static inline int64_t cell_of(const activations *x, int64_t row) {
+    return row / CELL_ROWS * CELL_ROWS * x->num_groups + row % CELL_ROWS;
+}
 
 #define ROWS_OF(chunk, num_rows, num_chunks)                      \
     int64_t begin = (num_rows) * (int64_t)(chunk) / (num_chunks), \

@@ -1,0 +1,177 @@
+/* Rounding activations and weights to 8 bits, and matrix multiplication. */
+
+#define GROUP_VECTORS (GROUP / LANES)
+typedef int8_t vb __attribute__((vector_size(LANES)));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+
+/* A row of numbers of any type as GGUF's Q8_0 blocks; a last group that is not full is padded. */
+INLINE vf load_number(const int type, const uint8_t *p) {
+    if (type == FLOAT16) return load_half(p);
+    if (type == FLOAT32) return load((const float *)p);
+    vh upper;
+    memcpy(&upper, p, sizeof upper);
+    return (vf)(__builtin_convertvector(upper, vi) << 16);
+}
+
+INLINE void row_to_q8_0(const int type, const uint8_t *x, int64_t size, uint8_t *block) {
+    const int64_t width = type == FLOAT32 ? 4 : 2;
+    for (int64_t i = 0; i < size; i += GROUP, block += 34) {
+        uint8_t tail[4 * GROUP] = {0};
+        const uint8_t *from = x + i * width;
+        if (size - i < GROUP) {
+            memcpy(tail, from, (size_t)((size - i) * width));
+            from = tail;
+        }
+        vf values[GROUP_VECTORS], most = {};
+        for (int v = 0; v < GROUP_VECTORS; v++) {
+            values[v] = load_number(type, from + v * LANES * width);
+            most = vmax(most, vabs(values[v]));
+        }
+        uint16_t half = float_to_half(max_lanes(most) / 127);
+        float scale = half_to_float(half), inverse = scale > 0 ? 1 / scale : 0;
+        memcpy(block, &half, 2);
+        for (int v = 0; v < GROUP_VECTORS; v++) {
+            vf scaled = vmax(vmin(values[v] * splat(inverse), splat(127)), splat(-127));
+            vb bytes = __builtin_convertvector(round_to_int(scaled), vb);
+            memcpy(block + 2 + v * LANES, &bytes, LANES);
+        }
+    }
+}
+
+static void to_q8_0(const uint8_t *x, int32_t type, int64_t size, uint8_t *blocks) {
+    if (type == FLOAT32)
+        row_to_q8_0(FLOAT32, x, size, blocks);
+    else if (type == BFLOAT16)
+        row_to_q8_0(BFLOAT16, x, size, blocks);
+    else
+        row_to_q8_0(FLOAT16, x, size, blocks);
+}
+
+static void quantize(const float *x, int32_t in_features, activations *to, int64_t row) {
+    int8_t *q = to->q + row * to->num_groups * GROUP;
+    for (int32_t g = 0; g < to->num_groups; g++) {
+        float tail[GROUP] = {0};
+        const float *from = x + g * GROUP;
+        if (in_features - g * GROUP < GROUP) {
+            memcpy(tail, from, (size_t)(in_features - g * GROUP) * sizeof(float));
+            from = tail;
+        }
+        vf most = {};
+        for (int v = 0; v < GROUP_VECTORS; v++) most = vmax(most, vabs(load(from + v * LANES)));
+        float scale = max_lanes(most) / 127.0f;
+        float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+        vi sums = {};
+        for (int v = 0; v < GROUP_VECTORS; v++) {
+            /* A value that is no number stays one in the scale; here it must only stay in range. */
+            vf scaled = vmax(vmin(load(from + v * LANES) * splat(inverse), splat(127)), splat(-127));
+            vi rounded = round_to_int(scaled);
+            vb bytes = __builtin_convertvector(rounded, vb);
+            memcpy(q + g * GROUP + v * LANES, &bytes, LANES);
+            sums += rounded;
+        }
+        int32_t sum = 0;
+        for (int l = 0; l < LANES; l++) sum += sums[l];
+        int64_t cell = cell_of(to, row) + g * CELL_ROWS;
+        to->scale[cell] = scale;
+        to->sum[cell] = sum;
+        to->xsum[cell] = scale * (float)sum;
+    }
+}
+
+/* `num` rows of activations, all of one cell, times one panel: LANES results each. */
+INLINE void multiply_panel(const int num, const int kind, const uint8_t *panel, const int8_t *q,
+                           const activations *x, int64_t row, vf *result) {
+    const int32_t num_groups = x->num_groups;
+    const size_t stride = (size_t)num_groups * GROUP;
+    const size_t quants = (kind == Q8_0 ? 32 : 16) * LANES;
+    const size_t group_size = quants + (kind == Q4_1 ? 4 : 2) * LANES;
+    int64_t cell = cell_of(x, row);
+    for (int r = 0; r < num; r++) result[r] = (vf){};
+    for (int32_t g = 0; g < num_groups;
+         g++, panel += group_size, q += GROUP, cell += CELL_ROWS) {
+        vi dots[MR];
+        for (int r = 0; r < num; r++) dots[r] = (vi){};
+        if (kind == Q8_0) {
+            dot_q8(num, panel, q, stride, x->sum + cell, dots);
+        } else {
+            dot_q4(num, panel, q, stride, dots);
+            if (kind == Q4_0)
+                for (int r = 0; r < num; r++) dots[r] -= 8 * x->sum[cell + r];
+        }
+        vf scale = load_half(panel + quants);
+        for (int r = 0; r < num; r++) {
+            vf both = scale * splat(x->scale[cell + r]);
+            result[r] = vfma(to_float(dots[r]), both, result[r]);
+        }
+        if (kind == Q4_1) {
+            vf least = load_half(panel + quants + 2 * LANES);
+            for (int r = 0; r < num; r++)
+                result[r] = vfma(least, splat(x->xsum[cell + r]), result[r]);
+        }
+    }
+}
+
+INLINE void linear_of_kind(const int kind, const matrix *m, const activations *x, int64_t row_begin,
+                           int64_t row_end, const float *bias, float *out, int64_t out_stride,
+                           int32_t panel_begin, int32_t panel_end) {
+    const size_t group_size = (size_t)LANES * (kind == Q8_0 ? 34 : kind == Q4_1 ? 20 : 18);
+    for (int32_t p = panel_begin; p < panel_end; p++) {
+        const uint8_t *panel = m->packed + (size_t)p * m->num_groups * group_size;
+        int32_t column = p * LANES, width = m->out_features - column;
+        vf add = {};
+        if (bias) {
+            float tail[LANES] = {0};
+            memcpy(tail, bias + column, (size_t)(width < LANES ? width : LANES) * sizeof(float));
+            add = load(tail);
+        }
+        for (int64_t row = row_begin, num; row < row_end; row += num) {
+            const int8_t *q = x->q + row * m->num_groups * GROUP;
+            vf result[MR];
+            num = row_end - row;
+            if (num >= MR) {
+                num = MR;
+                multiply_panel(MR, kind, panel, q, x, row, result);
+#if MR > 4
+            } else if (num >= 4) {
+                num = 4;
+                multiply_panel(4, kind, panel, q, x, row, result);
+#endif
+            } else if (num >= 2) {
+                num = 2;
+                multiply_panel(2, kind, panel, q, x, row, result);
+            } else {
+                multiply_panel(1, kind, panel, q, x, row, result);
+            }
+            for (int r = 0; r < num; r++) {
+                vf value = bias ? result[r] + add : result[r];
+                float *to = out + (row + r) * out_stride + column;
+                if (width >= LANES)
+                    store(to, value);
+                else
+                    memcpy(to, &value, (size_t)width * sizeof(float));
+            }
+        }
+    }
+}
+
+/* Activations that stay in the first-level cache while panels pass by. */
+#define NEAR_BYTES 20000
+
+static void linear(const matrix *m, const activations *x, int64_t row_begin, int64_t row_end,
+                   const float *bias, float *out, int64_t out_stride, int32_t panel_begin,
+                   int32_t panel_end) {
+    int64_t cells = NEAR_BYTES / (m->num_groups * GROUP * CELL_ROWS);
+    int64_t step = (cells > 1 ? cells : 1) * CELL_ROWS;
+#define OF(kind) \
+    linear_of_kind(kind, m, x, row, end, bias, out, out_stride, panel_begin, panel_end)
+    for (int64_t row = row_begin; row < row_end; row += step) {
+        int64_t end = row + step < row_end ? row + step : row_end;
+        if (m->kind == Q4_1)
+            OF(Q4_1);
+        else if (m->kind == Q4_0)
+            OF(Q4_0);
+        else
+            OF(Q8_0);
+    }
+#undef OF
+}
