@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve test test-unit test-gpu check format clean
+.PHONY: serve test test-unit test-gpu fuzz check format clean
 
 serve: $(VENV)/.serve
 	$(BIN)/octavo serve $(ARGS)
@@ -21,6 +21,10 @@ test-unit: $(VENV)/.dev
 # Needs a CUDA device; skipped where there is none.
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest tests -m gpu $(ARGS)
+
+# `make fuzz ARGS="gguf --minutes 10"`; fuzz/README.md has the names.
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python -m fuzz.run $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -44,4 +48,9 @@ $(VENV)/.serve: pyproject.toml
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.serve
 	$(PIP) -e ".[dev]"
+	touch $@
+
+# Without atheris, the harnesses run unguided.
+$(VENV)/.fuzz: pyproject.toml $(VENV)/.dev
+	$(PIP) -e ".[fuzz]" || echo "no atheris for this Python: fuzzing without coverage"
 	touch $@

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from octavo.engine.core import Runner
 from octavo.engine.recording import Recording
+from octavo.errors import ConfigError
 from octavo.sched.plan import RowAdmission, RowSnapshot, StepPlan
 
 _NONE = np.empty(0, np.int32)
@@ -69,6 +70,9 @@ class Replay:
     def run(self, before_step: Callable[[StepPlan, bool], None]) -> Outcome:
         """`before_step` is called with each plan and whether its result is known. The last plans
         of a crash have none; running them may well end this process, too.
+
+        Raises:
+            ConfigError: a plan takes positions for computed that nobody can compute.
         """
         beginning = _deltas_of(self._recording.rows)
         for step in self._recording.steps:
@@ -108,6 +112,11 @@ class Replay:
         rows = zip(plan.rows.tolist(), plan.starts.tolist(), plan.chunk_lens.tolist(), strict=True)
         for row, start, length in rows:
             tenant = self._tenants[row]
+            if start > max(tenant.num_computed, len(tenant.token_ids)):
+                raise ConfigError(
+                    f"The recording is not an engine's: step {plan.step} goes on from position "
+                    f"{start} of a request whose tokens up to there it does not hold."
+                )
             if tenant.num_computed < start:
                 plan = self._compute(plan, row, tenant, start)
                 if start < len(tenant.token_ids):

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from functools import lru_cache
 
 
 class StopMatcher:
     """Finds the stop string that is complete first, in text that comes in pieces.
 
     Of several that are complete at the same character, the longest counts. Text is held back only
-    while it may be the beginning of a stop string, and no longer. An Aho-Corasick automaton reads
-    each character once, so neither the pieces nor the number of stop strings matter.
+    while it may be the beginning of a stop string, and no longer.
     """
 
     def __init__(self, stops: Sequence[str], include_stop: bool = False) -> None:
         self._include_stop = include_stop
-        self._children: list[dict[str, int]] = [{}]
-        self._depth = [0]  # characters from the root, i.e. how much of a stop string has begun
-        self._match: list[str | None] = [None]  # the longest stop string that ends here
-        for stop in stops:
-            self._insert(stop)
-        self._fallback = [0] * len(self._children)
-        self._link()
+        self._automaton = _automaton(tuple(stops))
         self._node = 0
         self._held = ""
 
@@ -32,14 +26,15 @@ class StopMatcher:
         After a match the text ends before it (or after it, with `include_stop`) and nothing more
         may be pushed.
         """
+        automaton = self._automaton
         text = self._held + delta
         for end, char in enumerate(delta, start=len(self._held) + 1):
-            self._node = self._step(self._node, char)
-            stop = self._match[self._node]
+            self._node = automaton.step(self._node, char)
+            stop = automaton.match[self._node]
             if stop is not None:
                 self._held = ""
                 return text[: end if self._include_stop else end - len(stop)], stop
-        cut = len(text) - self._depth[self._node]
+        cut = len(text) - automaton.depth[self._node]
         self._held = text[cut:]
         return text[:cut], None
 
@@ -48,16 +43,36 @@ class StopMatcher:
         held, self._held, self._node = self._held, "", 0
         return held
 
+
+class _Automaton:
+    """Aho and Corasick's: it reads each character once, so neither the pieces nor the number of
+    stop strings matter. Nothing changes after it is made.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.depth = [0]  # characters from the root, i.e. how much of a stop string has begun
+        self.match: list[str | None] = [None]  # the longest stop string that ends here
+        self._children: list[dict[str, int]] = [{}]
+        for stop in stops:
+            self._insert(stop)
+        self._fallback = [0] * len(self._children)
+        self._link()
+
+    def step(self, node: int, char: str) -> int:
+        while node and char not in self._children[node]:
+            node = self._fallback[node]
+        return self._children[node].get(char, 0)
+
     def _insert(self, stop: str) -> None:
         node = 0
         for char in stop:
             if char not in self._children[node]:
                 self._children[node][char] = len(self._children)
                 self._children.append({})
-                self._depth.append(self._depth[node] + 1)
-                self._match.append(None)
+                self.depth.append(self.depth[node] + 1)
+                self.match.append(None)
             node = self._children[node][char]
-        self._match[node] = stop
+        self.match[node] = stop
 
     def _link(self) -> None:
         """Lead each node to the one of its longest proper suffix; nearest to the root first."""
@@ -65,13 +80,12 @@ class StopMatcher:
         while queue:
             node = queue.popleft()
             suffix = self._fallback[node]
-            if self._match[node] is None:
-                self._match[node] = self._match[suffix]
+            if self.match[node] is None:
+                self.match[node] = self.match[suffix]
             for char, child in self._children[node].items():
-                self._fallback[child] = self._step(suffix, char)
+                self._fallback[child] = self.step(suffix, char)
                 queue.append(child)
 
-    def _step(self, node: int, char: str) -> int:
-        while node and char not in self._children[node]:
-            node = self._fallback[node]
-        return self._children[node].get(char, 0)
+
+# Long stop strings take milliseconds, which a request's many outputs must not each take again.
+_automaton = lru_cache(maxsize=4)(_Automaton)

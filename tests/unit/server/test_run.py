@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import signal
 import socket
@@ -14,6 +16,7 @@ import pytest
 
 from octavo.config.server import ServerConfig
 from octavo.errors import ConfigError
+from octavo.server.app import create_app
 from octavo.server.listener import bind
 from octavo.server.state import sampling_defaults
 
@@ -116,6 +119,13 @@ def test_garbage_after_a_request_does_not_answer_it(server):
     reply = exchange(server.url, head.encode() + body + b"\x16\x03\x01 no HTTP\r\n\r\n")
     assert reply.startswith(b"HTTP/1.1 200")
     assert reply.count(b"HTTP/1.1") == 1
+
+
+def test_unknown_urls_take_no_thread(new_state):
+    async def handlers() -> list[object]:
+        return list(create_app(new_state()).exception_handlers.values())
+
+    assert all(map(inspect.iscoroutinefunction, asyncio.run(handlers())))
 
 
 def test_keep_alive_connections_start_a_new_count(server):

@@ -68,3 +68,11 @@ def test_held_text_comes_out_at_the_end():
     assert matcher.push("b#") == ("##b", None)
     assert matcher.flush() == "#"
     assert matcher.flush() == ""
+
+
+def test_the_outputs_of_a_request_share_the_work():
+    stops = ["x" * 16_000]
+    one, other = StopMatcher(stops), StopMatcher(tuple(stops), include_stop=True)
+    assert one._automaton is other._automaton
+    assert one.push("x" * 9)[0] == other.push("y")[0][:-1] == ""  # but nothing else
+    assert one.flush() == "x" * 9
