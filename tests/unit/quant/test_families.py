@@ -17,12 +17,13 @@ from octavo.weights.loader import feed
 
 pytestmark = pytest.mark.skipif(not library.is_available(), reason="not built: no C compiler")
 
-EXPERTS = {"head_dim": 32, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 64}
+# Every expert is chosen: where a router is torn between two, either may win.
+EXPERTS = {"head_dim": 32, "num_experts": 3, "num_experts_per_tok": 3, "moe_intermediate_size": 64}
 FAMILIES = {
     "llama": ("Llama", {}, True),
     "qwen3": ("Qwen3", {"head_dim": 32}, True),
     "qwen3-moe": ("Qwen3Moe", EXPERTS | {"norm_topk_prob": True}, False),
-    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, False),
+    "mixtral": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 3}, False),
     "gemma2": ("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8}, False),
     "gemma3": ("Gemma3Text", {"head_dim": 16, "sliding_window": 8}, False),
 }
@@ -48,20 +49,14 @@ def run(reference: Reference, quantization: str) -> PagedRun:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_close_to_float32(family):
     name, config, stacks = FAMILIES[family]
-    torch.manual_seed(1)
     reference = Reference(getattr(transformers, f"{name}Config")(**SIZES | config))
-    for tensor_name, tensor in reference.checkpoint.items():
-        if "experts" not in tensor_name and tensor_name.endswith(".gate.weight"):
-            tensor *= 20  # routers with an opinion: a near tie could fall either way
     exact, quantized = run(reference, "none"), run(reference, "int8")
     assert (len(quantized.model.layers) == 1) == stacks
-    # An expert that a rounding chose instead of another changes all of a position.
-    most_error, least_agreed = (0.3, 0.6) if "num_experts_per_tok" in config else (0.05, 0.8)
     for seq in (0, 1):
         expected = exact.result(seq)
-        assert (quantized.result(seq) - expected).norm() / expected.norm() < most_error
+        assert (quantized.result(seq) - expected).norm() / expected.norm() < 0.1
         agreed = quantized.result(seq).argmax(-1) == expected.argmax(-1)
-        assert agreed.float().mean() > least_agreed
+        assert agreed.float().mean() > 0.8
 
 
 def test_routers_and_experts_stay_in_full():
