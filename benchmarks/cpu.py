@@ -1,6 +1,6 @@
 """Octavo on a CPU beside OpenVINO GenAI and llama.cpp: the same .gguf file, the same token ids.
 
-    python benchmarks/cpu.py --peer-python /path/to/venv/bin/python [--json FILE]
+    python benchmarks/cpu.py --peer-python /path/to/venv/bin/python [--isa "" avx2] [--json FILE]
 
 Each engine lives in a process of its own, and they take turns, round after round, so that a slow
 minute of the machine hits all of them. A round takes, for B sequences of random tokens handed over
@@ -81,10 +81,14 @@ def llama_cpp(gguf: str, threads: int, isa: str) -> Generate:
     import llama_cpp as low
 
     low.llama_backend_init()
-    model = low.llama_model_load_from_file(gguf.encode(), low.llama_model_default_params())
+    model_params = low.llama_model_default_params()
+    # Weights repacked for AMX end in a segmentation fault here (0.3.36, Sapphire Rapids).
+    model_params.use_extra_bufts = "amx" not in Path("/proc/cpuinfo").read_text()
+    model = low.llama_model_load_from_file(gguf.encode(), model_params)
     params = low.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = 16384, 4096, 512
     params.n_seq_max, params.n_threads, params.n_threads_batch = 32, threads, threads
+    params.kv_unified = True  # else each sequence has a 32nd of the cells
     context = low.llama_init_from_model(model, params)
     vocab_size = low.llama_vocab_n_tokens(low.llama_model_get_vocab(model))
     batch = low.llama_batch_init(8192, 0, 1)
@@ -126,6 +130,7 @@ def llama_cpp(gguf: str, threads: int, isa: str) -> Generate:
     return generate
 
 
+# Several of Octavo run beside each other as "octavo", "octavo:avx2" and so on.
 ENGINES = {"octavo": octavo, "openvino_genai": openvino_genai, "llama_cpp": llama_cpp}
 
 
@@ -217,26 +222,33 @@ def table(results: dict[str, dict[str, dict[str, list[float]]]], ready: dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--peer-python", action="append", default=[], help="may be repeated")
+    parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=ENGINES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--loads", nargs="*", default=list(LOADS), choices=LOADS)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--isa", default="", help="of Octavo's kernels: avx512, avx2, generic")
+    parser.add_argument(
+        "--isa", nargs="*", default=[], help="also Octavo held to these: avx512, avx2, generic"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--gguf", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(args.worker, args.gguf, args.threads, args.isa)
+        work(args.worker, args.gguf, args.threads, "".join(args.isa))
         return
     from octavo.checkpoint.builtin import ensure_builtin
 
     gguf = str(ensure_builtin("smollm2-135m", progress=False) / "model.gguf")
-    arguments = ["--gguf", gguf, "--threads", str(args.threads), f"--isa={args.isa}"]
+    arguments = ["--gguf", gguf, "--threads", str(args.threads)]
     root = str(Path(__file__).parents[1])
     workers = {
         engine: Worker(engine, python, arguments, root if engine == "octavo" else "")
         for engine, python in find_pythons(args.peer_python).items()
+        if engine in args.engines
     }
+    for isa in args.isa:
+        held = [*arguments, "--isa", isa]
+        workers[f"octavo:{isa}"] = Worker("octavo", sys.executable, held, root)
     results: dict[str, Any] = {
         engine: {load: {"prefill": [], "decode": []} for load in args.loads} for engine in workers
     }
