@@ -222,7 +222,8 @@ class Journal:
             entry.die(spans[entry.request.request_id])
         suspects = [entry for entry in blamed if entry.num_deaths >= _SUSPECT]
         self._on_trial = []
-        if suspects and len(blamed) == 1:
+        # Two deaths may be an operator's or the kernel's doing; a third, tried alone, is its own.
+        if len(blamed) == 1 and suspects and suspects[0].num_deaths > _SUSPECT:
             [killer] = suspects
             self._hold([entry for entry in dead if entry is not killer])
             return killer

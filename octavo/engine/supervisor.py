@@ -252,7 +252,9 @@ class Supervisor:
             return
         self.counts.num_isolated += 1
         logger.error("request %d has ended the engine twice and is given up", request_id)
-        message = "This request has ended the engine twice and will not be tried again."
+        message = (
+            "This request has ended the engine twice, and again when tried alone. It is given up."
+        )
         self._journal.finish(Finish(request_id, "error", message=message))
 
     @property
