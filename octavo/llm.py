@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, Self
 
 from tqdm import tqdm
 
-from octavo.checkpoint import locate
+from octavo.checkpoint import locate_from
 from octavo.config import EngineArgs
 from octavo.engine.build import build_core
 from octavo.engine.core import EngineCore
 from octavo.errors import ConfigError, EngineError, InvalidRequestError
-from octavo.text.chat_template import ChatTemplate, need_chat_template
+from octavo.text.chat_template import need_chat_template, open_text
 from octavo.text.prepare import Limits, prepare_requests
 from octavo.text.stream import OutputAssembler, OutputDelta, prompt_logprob_entries
 from octavo.text.tokenizer import Tokenizer
@@ -81,19 +81,8 @@ class LLM:
 
     def __init__(self, model: str = "smollm2-135m", **options: Any) -> None:
         self._args = EngineArgs.from_options(model=model, **options)
-        checkpoint = locate(
-            self._args.model,
-            revision=self._args.revision,
-            download_dir=self._args.download_dir,
-            tokenizer=self._args.tokenizer,
-            load_format=self._args.load_format,
-        )
-        self._tokenizer = Tokenizer.from_checkpoint(checkpoint)
-        self._chat_template = ChatTemplate.from_checkpoint(
-            checkpoint,
-            self._tokenizer.bos_token if self._tokenizer else None,
-            self._tokenizer.eos_token if self._tokenizer else None,
-        )
+        checkpoint = locate_from(self._args)
+        self._tokenizer, self._chat_template = open_text(checkpoint)
         self._core: EngineCore | None = build_core(self._args, checkpoint, progress=True)
         self._limits = Limits.from_info(self._core.info)
         self._ids = itertools.count(1)

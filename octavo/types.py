@@ -248,7 +248,6 @@ class StepStats:
     num_waiting: int = 0
     kv_usage: float = 0.0  # 0..1
     num_batched_tokens: int = 0
-    num_prompt_tokens: int = 0
     num_prefix_queries: int = 0  # tokens
     num_prefix_hits: int = 0  # tokens
     num_preemptions: int = 0

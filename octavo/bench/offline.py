@@ -20,7 +20,7 @@ from octavo import __version__
 from octavo.bench.loads import Load
 from octavo.bench.report import Facts, Figures, OfflineReport, Timing
 from octavo.bench.workloads import BenchRequest, random_ids, scale_ids
-from octavo.checkpoint import locate
+from octavo.checkpoint import locate_from
 from octavo.config import EngineArgs
 from octavo.engine.build import build_core
 from octavo.engine.core import EngineCore
@@ -45,13 +45,7 @@ class OfflineEngine:
     def __init__(self, args: EngineArgs) -> None:
         """Raises OctavoError if the engine cannot start."""
         self._args = args
-        checkpoint = locate(
-            args.model,
-            revision=args.revision,
-            download_dir=args.download_dir,
-            tokenizer=args.tokenizer,
-            load_format=args.load_format,
-        )
+        checkpoint = locate_from(args)
         self.core = build_core(args, checkpoint, progress=True)
         self.startup_s = seconds_since_process_start()
 

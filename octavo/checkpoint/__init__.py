@@ -5,6 +5,6 @@ well.
 """
 
 from octavo.checkpoint.checkpoint import Checkpoint
-from octavo.checkpoint.source import locate
+from octavo.checkpoint.source import locate, locate_from
 
-__all__ = ["Checkpoint", "locate"]
+__all__ = ["Checkpoint", "locate", "locate_from"]

@@ -12,10 +12,22 @@ from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.checkpoint.config_check import check_config, check_token_ids
 from octavo.checkpoint.folder import TokenizerFiles, open_folder, read_tokenizer_files
 from octavo.checkpoint.hub import download
+from octavo.config import EngineArgs
 from octavo.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+
+
+def locate_from(args: EngineArgs) -> Checkpoint:
+    """The checkpoint that the options name. Raises CheckpointError as `locate` does."""
+    return locate(
+        args.model,
+        revision=args.revision,
+        download_dir=args.download_dir,
+        tokenizer=args.tokenizer,
+        load_format=args.load_format,
+    )
 
 
 def locate(

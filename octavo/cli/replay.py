@@ -61,7 +61,7 @@ def _line(plan: StepPlan, *, known: bool) -> str:
 
 
 def _run(recording: Recording, device: str | None) -> int:
-    from octavo.checkpoint import locate
+    from octavo.checkpoint import locate_from
     from octavo.engine.build import build_runner
     from octavo.engine.replay import Replay
 
@@ -75,14 +75,7 @@ def _run(recording: Recording, device: str | None) -> int:
         max_num_batched_tokens=info.max_num_batched_tokens,
         max_model_len=info.max_model_len,
     )
-    checkpoint = locate(
-        args.model,
-        revision=args.revision,
-        download_dir=args.download_dir,
-        tokenizer=args.tokenizer,
-        load_format=args.load_format,
-    )
-    _, runner = build_runner(args, checkpoint)
+    _, runner = build_runner(args, locate_from(args))
     outcome = Replay(recording, runner, info.max_num_batched_tokens).run(_announce)
     same = outcome.num_tokens - len(outcome.differences)
     print(f"replayed   {outcome.num_steps} steps; {same} of {outcome.num_tokens} tokens the same")

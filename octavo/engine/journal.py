@@ -4,7 +4,8 @@ means to go on in another engine process when one has died.
 Which requests go on, and when, is decided here, too. A death may be the doing of a request in the
 steps that did not end. After two of them without progress, those that were there both times are
 tried in halves, each after the one before it has got past the point where the engine died. The half
-that kills is halved again until one request is left, and is alone in the step that kills.
+that kills is halved again until one request is left, and is alone in the step that kills a third
+time.
 """
 
 from __future__ import annotations

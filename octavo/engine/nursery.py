@@ -73,8 +73,8 @@ class Nursery:
             silence_s=silence_s,
         )
 
-    def close(self) -> None:
+    async def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         if self._spare is not None:
-            self._spare.kill()
+            await asyncio.to_thread(self._spare.kill)

@@ -78,7 +78,7 @@ class Replay:
         for step in self._recording.steps:
             before_step(step.plan, step.token_ids is not None)
             plan = _with_deltas(step.plan, beginning)
-            beginning = _NO_PLAN
+            beginning = StepPlan.of_changes()
             self._run(plan, step.token_ids)
             self._outcome.num_steps += 1
         return self._outcome
@@ -153,24 +153,12 @@ class Replay:
         ]
 
 
-_NO_PLAN = StepPlan(
-    step=-1,
-    rows=_NONE,
-    starts=_NONE,
-    chunk_lens=_NONE,
-    samples=np.empty(0, np.bool_),
-    num_decodes=0,
-    token_ids=_NONE,
-)
-
-
 def _deltas_of(rows: Iterable[RowSnapshot]) -> StepPlan:
     """The admissions and block tables that make a fresh runner's rows these."""
     rows = list(rows)
     none: list[npt.NDArray[np.int32]] = [_NONE]
     tables = [np.array(row.block_ids, np.int32) for row in rows]
-    return dataclasses.replace(
-        _NO_PLAN,
+    return StepPlan.of_changes(
         admitted=tuple(RowAdmission(r.row, r.request, r.output_token_ids) for r in rows),
         block_rows=np.concatenate(
             none + [np.full(len(t), r.row, np.int32) for r, t in zip(rows, tables, strict=True)]

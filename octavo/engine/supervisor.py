@@ -126,15 +126,10 @@ class Supervisor:
             return "the engine is not running"
         if self._connection is None or not self._connection.is_open:
             return "the engine is being restarted"
-        still_s = time.monotonic() - self.last_progress_s
+        still_s = self._still_s
         if still_s > max(self._patience.silence_s, self._slowest_step_s):
             return f"the engine has made no progress for {still_s:.0f} s"
         return None
-
-    @property
-    def last_progress_s(self) -> float:
-        """time.monotonic() of the last step; an idle engine is always up to date."""
-        return self._progress_s if len(self._journal) else time.monotonic()
 
     @property
     def num_live(self) -> int:
@@ -184,7 +179,7 @@ class Supervisor:
         self._watch.cancel()
         self._task.cancel()
         await asyncio.wait((self._watch, self._task))
-        await asyncio.to_thread(self._nursery.close)
+        await self._nursery.close()
         if self._connection is not None:
             await self._connection.close()
         if self._dumps:
@@ -251,7 +246,7 @@ class Supervisor:
             self._num_failures = self._patience.max_restarts + _TRIALS + 1
             return
         self.counts.num_isolated += 1
-        logger.error("request %d has ended the engine twice and is given up", request_id)
+        logger.error("request %d ends the engine whenever it is tried, and is given up", request_id)
         message = (
             "This request has ended the engine twice, and again when tried alone. It is given up."
         )
@@ -260,16 +255,20 @@ class Supervisor:
     @property
     def _may_restart(self) -> bool:
         limit = self._patience.max_restarts
-        if limit and (self._num_isolated or self._journal.is_waiting_for_trial):
+        if limit and self._is_trial:
             limit += _TRIALS
         return self._num_failures <= limit
+
+    @property
+    def _is_trial(self) -> bool:
+        """Are suspects told apart?"""
+        return bool(self._num_isolated) or self._journal.is_waiting_for_trial
 
     async def _restart(self) -> Connection | None:
         """Another engine, ready to work; None if it is to be left at that."""
         while self._may_restart:
-            # Of suspects that are told apart, each death says something: no need to wait.
-            is_trial = self._num_isolated or self._journal.is_waiting_for_trial
-            failures = 1 if is_trial else self._num_failures
+            # In a trial each death says something: no need to wait.
+            failures = 1 if self._is_trial else self._num_failures
             delay_s = _BACKOFF_S[min(failures, len(_BACKOFF_S)) - 1]
             logger.warning(
                 "restarting the engine%s; %d requests wait",
@@ -337,6 +336,11 @@ class Supervisor:
     # -- the watchdog
 
     @property
+    def _still_s(self) -> float:
+        """Seconds since the last step; an idle engine is always up to date."""
+        return time.monotonic() - self._progress_s if len(self._journal) else 0.0
+
+    @property
     def _slowest_step_s(self) -> float:
         return _SLOW_STEPS * self._longest_step_s
 
@@ -366,7 +370,7 @@ class Supervisor:
             connection.send(Ping())
         if self._ping_s is not None and now_s - self._ping_s > patience.silence_s:
             return f"The engine process has not answered for {now_s - self._heard_s:.0f} s."
-        still_s = now_s - self.last_progress_s
+        still_s = self._still_s
         limit_s = max(patience.step_s or math.inf, self._slowest_step_s)
         if self._journal.num_in_engine and still_s > limit_s:
             return f"The engine has finished no step for {still_s:.0f} s."

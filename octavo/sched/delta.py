@@ -30,7 +30,6 @@ class StatsDelta:
     """Counts and events that the next `StepOutputs` report."""
 
     num_batched_tokens: int = 0
-    num_prompt_tokens: int = 0
     num_prefix_queries: int = 0
     num_prefix_hits: int = 0
     num_preemptions: int = 0

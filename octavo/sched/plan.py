@@ -12,6 +12,7 @@ says so.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +70,21 @@ class StepPlan:
     block_rows: Int32Array = field(default_factory=lambda: np.empty(0, np.int32))
     block_cols: Int32Array = field(default_factory=lambda: np.empty(0, np.int32))
     block_ids: Int32Array = field(default_factory=lambda: np.empty(0, np.int32))
+
+    @classmethod
+    def of_changes(cls, **changes: Any) -> StepPlan:
+        """A plan that runs nothing: rows and block tables change."""
+        empty = np.empty(0, np.int32)
+        return cls(
+            step=-1,
+            rows=empty,
+            starts=empty,
+            chunk_lens=empty,
+            samples=np.empty(0, np.bool_),
+            num_decodes=0,
+            token_ids=empty,
+            **changes,
+        )
 
     @property
     def num_tokens(self) -> int:

@@ -276,7 +276,6 @@ class Scheduler:
         )
         self._step += 1
         self._stats.num_batched_tokens = plan.num_tokens
-        self._stats.num_prompt_tokens += len(plan.token_ids)
         return plan
 
     def _after_chunks(self, chunks: Sequence[tuple[int, int]]) -> None:
@@ -469,7 +468,6 @@ class Scheduler:
         return dataclasses.replace(
             self.gauges(),
             num_batched_tokens=delta.num_batched_tokens,
-            num_prompt_tokens=delta.num_prompt_tokens,
             num_prefix_queries=delta.num_prefix_queries,
             num_prefix_hits=delta.num_prefix_hits,
             num_preemptions=delta.num_preemptions,

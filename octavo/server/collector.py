@@ -18,6 +18,7 @@ from octavo.log import get_logger
 logger = get_logger(__name__)
 
 _CLOSE_S = 2.0
+_GIVE_UP_S = 0.2
 _TRACES_PATH = "/v1/traces"  # of the OTLP standard
 # What the SDK says of every failed attempt and of every span that it drops.
 _TALKATIVE = ("opentelemetry.exporter", "opentelemetry.sdk._shared_internal")
@@ -31,6 +32,7 @@ class CollectorExporter(SpanExporter):
         parts = urlsplit(endpoint)
         path = _TRACES_PATH if parts.path in ("", "/") else parts.path
         self._exporter = OTLPSpanExporter(parts._replace(path=path).geturl())
+        self._is_shut = False
         host = parts.netloc.rpartition("@")[2]  # without a password
         self._once = _SaidOnce(f"{parts.scheme}://{host}{path}")
         for name in _TALKATIVE:
@@ -45,7 +47,10 @@ class CollectorExporter(SpanExporter):
         return result
 
     def shutdown(self) -> None:
-        self._exporter.shutdown()  # type: ignore[no-untyped-call]
+        """Also from another thread: an `export` that waits for its next attempt returns."""
+        if not self._is_shut:
+            self._is_shut = True
+            self._exporter.shutdown()  # type: ignore[no-untyped-call]
 
 
 class _SaidOnce(logging.Handler):
@@ -67,10 +72,14 @@ class _SaidOnce(logging.Handler):
             logger.info("traces reach %s again", self._where)
 
 
-def close_in_time(shutdown: Callable[[], object]) -> None:
-    """`shutdown()`, which delivers what is left; after two seconds the rest is given up."""
+def close_in_time(shutdown: Callable[[], object], give_up: Callable[[], object]) -> None:
+    """`shutdown()`, which delivers what is left; after two seconds `give_up()` ends the waiting
+    for another attempt, and what still goes on is left alone.
+    """
     thread = threading.Thread(target=shutdown, name="close-traces", daemon=True)
     thread.start()
     thread.join(_CLOSE_S)
     if thread.is_alive():
         logger.warning("traces of the last requests could not be delivered in %g s", _CLOSE_S)
+        give_up()
+        thread.join(_GIVE_UP_S)

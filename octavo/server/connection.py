@@ -67,24 +67,39 @@ async def _read(request: Request, max_bytes: int) -> bytes:
     return b"".join(chunks)
 
 
+class OvertakenError(Exception):
+    """What was waited for became pointless."""
+
+
+async def unless(rival: Coroutine[Any, Any, object], work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled as soon as `rival` is done.
+
+    Raises:
+        OvertakenError: that came first. `work` has ended by then.
+    """
+    task, watcher = asyncio.create_task(work), asyncio.create_task(rival)
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise OvertakenError
+    finally:
+        watcher.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+
+
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled as soon as the client goes away.
 
     Raises:
         ClientDisconnectedError: it went away first. `work` has ended by then.
     """
-    task = asyncio.create_task(work)
-    watcher = asyncio.create_task(_disconnected(receive))
     try:
-        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnectedError
-    finally:
-        watcher.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait((task,))
+        return await unless(_disconnected(receive), work)
+    except OvertakenError:
+        raise ClientDisconnectedError from None
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from octavo.checkpoint import Checkpoint, locate
+from octavo.checkpoint import locate_from
 from octavo.config import EngineArgs
 from octavo.config.server import ServerConfig
 from octavo.engine.client import EngineProcess
@@ -18,8 +18,7 @@ from octavo.server.run import Doors, Stop, serve
 from octavo.server.starting import Starting
 from octavo.server.state import ServerState, sampling_defaults
 from octavo.server.tracing import open_tracing
-from octavo.text.chat_template import ChatTemplate
-from octavo.text.tokenizer import Tokenizer
+from octavo.text.chat_template import open_text
 
 T = TypeVar("T")
 
@@ -47,13 +46,13 @@ async def run_server(
     async def start(starting: Starting) -> ServerState:
         nonlocal engine
         starting.phase = "finding the model"
-        checkpoint = await _in_daemon_thread(lambda: _locate(args))
+        checkpoint = await _in_daemon_thread(lambda: locate_from(args))
         starting.phase = "loading the model"
         connecting = asyncio.create_task(
             Supervisor.start(process, args, checkpoint, _patience(config))
         )
         try:
-            tokenizer, template = await asyncio.to_thread(_open_text, checkpoint)
+            tokenizer, template = await asyncio.to_thread(open_text, checkpoint)
             engine = await connecting
         except BaseException:
             connecting.cancel()
@@ -86,29 +85,12 @@ async def run_server(
             await engine.close()
 
 
-def _locate(args: EngineArgs) -> Checkpoint:
-    return locate(
-        args.model,
-        revision=args.revision,
-        download_dir=args.download_dir,
-        tokenizer=args.tokenizer,
-        load_format=args.load_format,
-    )
-
-
 def _patience(config: ServerConfig) -> Patience:
     return Patience(
         step_s=config.stall_timeout_s,
         max_restarts=config.max_engine_restarts,
         spare_after_s=SPARE_AFTER_S if config.spare_engine else None,
     )
-
-
-def _open_text(checkpoint: Checkpoint) -> tuple[Tokenizer | None, ChatTemplate | None]:
-    tokenizer = Tokenizer.from_checkpoint(checkpoint)
-    bos = tokenizer.bos_token if tokenizer else None
-    eos = tokenizer.eos_token if tokenizer else None
-    return tokenizer, ChatTemplate.from_checkpoint(checkpoint, bos, eos)
 
 
 async def _in_daemon_thread(work: Callable[[], T]) -> T:

@@ -15,7 +15,7 @@ that are made of that when it has ended. Neither prompts nor outputs are in them
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,19 +50,27 @@ Attributes = Mapping[str, AttributeValue]
 def to_collector(endpoint: str, model_name: str) -> OtelTracing:
     """Raises ConfigError where the SDK refuses one of its environment variables."""
     try:
-        return OtelTracing(BatchSpanProcessor(CollectorExporter(endpoint)), model_name)
+        exporter = CollectorExporter(endpoint)
+        return OtelTracing(BatchSpanProcessor(exporter), model_name, exporter.shutdown)
     except ValueError as error:
         raise ConfigError(f"An OTEL_* environment variable cannot be honoured: {error}") from None
 
 
 class OtelTracing(Tracing):
-    def __init__(self, processor: SpanProcessor, model_name: str) -> None:
+    def __init__(
+        self,
+        processor: SpanProcessor,
+        model_name: str,
+        give_up: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`give_up` makes a delivery in `processor` end that takes too long."""
         own = {"service.name": "octavo", "service.version": octavo.__version__}
         resource = Resource.create(own).merge(OTELResourceDetector().detect())
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("octavo", octavo.__version__)
         self._model_name = model_name
+        self._give_up = give_up
 
     def begin(self, scope: Scope) -> Trace:
         if scope["path"] not in TRACED_PATHS:
@@ -71,7 +79,7 @@ class OtelTracing(Tracing):
         return trace
 
     def close(self) -> None:
-        close_in_time(self._provider.shutdown)
+        close_in_time(self._provider.shutdown, self._give_up)
 
 
 class Stopwatch:

@@ -9,13 +9,15 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass
+from typing import Any
 
 from octavo.config.server import ServerConfig, is_loopback
 from octavo.errors import ConfigError
 from octavo.log import get_logger
 from octavo.server.app import ADMIN_ROUTES, create_app
+from octavo.server.connection import OvertakenError, unless
 from octavo.server.keys import KeyRing
 from octavo.server.listener import Listener, allow_files, bind
 from octavo.server.starting import Front, Starting
@@ -112,7 +114,7 @@ class Stop:
 
 
 async def serve(
-    start: Callable[[Starting], Awaitable[ServerState]],
+    start: Callable[[Starting], Coroutine[Any, Any, ServerState]],
     doors: Doors,
     on_ready: Callable[[ServerState], None] | None = None,
     stop: Stop | None = None,
@@ -134,8 +136,9 @@ async def serve(
         with _signals(stop, doors):
             for listener in listeners:
                 listener.open()
-            state = await _unless(stop.asked, start(starting))
-            if state is None:
+            try:
+                state = await unless(stop.asked.wait(), start(starting))
+            except OvertakenError:
                 return 0
             try:
                 state.request_drain = stop.drain
@@ -189,21 +192,6 @@ def _signals(stop: Stop, doors: Doors) -> Generator[None, None, None]:
     finally:
         for sig in handled:
             loop.remove_signal_handler(sig)
-
-
-async def _unless(event: asyncio.Event, work: Awaitable[ServerState]) -> ServerState | None:
-    """What `work` returns; it is cancelled, for None, when `event` comes first."""
-    task, waiter = asyncio.ensure_future(work), asyncio.create_task(event.wait())
-    try:
-        await asyncio.wait((task, waiter), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        return None
-    finally:
-        waiter.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait((task,))
 
 
 async def _drain(state: ServerState, stop: Stop, public: Listener) -> int:

@@ -42,7 +42,7 @@ class Tracing:
         return NO_TRACE
 
     def close(self) -> None:
-        """Deliver what was not delivered yet; takes two seconds at most."""
+        """Deliver what was not delivered yet; takes little more than two seconds."""
 
 
 NO_TRACE = Trace()

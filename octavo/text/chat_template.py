@@ -15,6 +15,7 @@ from jinja2.parser import Parser
 from octavo.checkpoint import Checkpoint
 from octavo.errors import CheckpointError, InvalidRequestError
 from octavo.text.sandbox import Sandbox, metered
+from octavo.text.tokenizer import Tokenizer
 
 MAX_TEMPLATE_CHARS = 256 << 10  # the longest on the hub have some 30,000
 MAX_OUTPUT_CHARS = 32 << 20
@@ -195,3 +196,13 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _strftime_now(layout: str) -> str:
     return datetime.datetime.now().astimezone().strftime(layout)
+
+
+def open_text(checkpoint: Checkpoint) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    """The tokenizer and the chat template of a checkpoint, where it has them. Raises
+    CheckpointError.
+    """
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    bos = tokenizer.bos_token if tokenizer else None
+    eos = tokenizer.eos_token if tokenizer else None
+    return tokenizer, ChatTemplate.from_checkpoint(checkpoint, bos, eos)

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from support.fake_config import MAX_LEN, fake_config
 from support.fake_runner import FakeRunner
 
-from octavo.checkpoint import Checkpoint
-from octavo.config import DeviceInfo, EngineArgs, EngineConfig, resolve
+from octavo.config import EngineArgs, EngineConfig
 from octavo.engine import process
 from octavo.engine.client import EngineProcess
 from octavo.engine.core import Runner
@@ -30,7 +30,6 @@ from octavo.sched.plan import StepPlan, StepResult
 
 BLOCK = 8
 NUM_BLOCKS = 600
-MAX_LEN = 256
 KILLS, RAISES, HANGS, FORKS = 49, 48, 47, 46  # first tokens of prompts that strike
 
 
@@ -53,20 +52,6 @@ class FakeProcess(EngineProcess):
         sys.executable,
         "-c",
         f"import sys; sys.path[:0] = {_PATHS!r}; from support import engine_child as e; e.run()",
-    )
-
-
-def fake_checkpoint() -> Checkpoint:
-    return Checkpoint(
-        model="fake",
-        path=Path("fake"),
-        weights_format="safetensors",
-        weight_files=(),
-        config={
-            "architectures": ["X"],
-            "vocab_size": 50,
-            "max_position_embeddings": MAX_LEN,
-        },
     )
 
 
@@ -114,7 +99,7 @@ class DangerousRunner:
             time.sleep(1000)
         if what == FORKS and not self._has_forked:
             self._has_forked = True
-            subprocess.Popen(["sleep", "30"], close_fds=False)
+            subprocess.Popen(["sleep", "10"], close_fds=False)
 
     def prepare_more(self) -> bool:
         return False
@@ -132,17 +117,7 @@ def load() -> process.BuildParts:
             raise ConfigError("no room today")
         if behaviour.start == "hangs":
             time.sleep(1000)
-        device = DeviceInfo(
-            kind="cpu",
-            name="cpu",
-            total_memory_bytes=1,
-            free_memory_bytes=1,
-            num_cores=1,
-            default_dtype="float32",
-            dtypes=("float32",),
-            attention_backends=("torch",),
-        )
-        config = resolve(configure.args, configure.checkpoint, device)
+        config = fake_config(configure.args, configure.checkpoint)
         return config, DangerousRunner(behaviour.step_s)
 
     return build

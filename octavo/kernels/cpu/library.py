@@ -137,12 +137,6 @@ def is_available() -> bool:
     return load() is not None
 
 
-def isa_name() -> str:
-    """The instruction set in use, "none" without the library."""
-    library = load()
-    return "none" if library is None else str(library.octavo_use_isa(_current()).decode())
-
-
 def use_isa(name: str) -> bool:
     """Switch to an instruction set ("generic", "avx2", "avx512", "neon"; "" is the best); False if
     this CPU lacks it. Matrices packed before become unreadable: for tests and comparisons.

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fake_config import fake_checkpoint, fake_config
 from support.fake_runner import FakeRunner, expected_tokens
 
-from octavo.checkpoint import Checkpoint
-from octavo.config import DeviceInfo, EngineArgs, EngineConfig, resolve
+from octavo.config import EngineArgs, EngineConfig
 from octavo.engine.core import EngineCore
 from octavo.errors import ConfigError
 from octavo.sched.plan import StepPlan, StepResult
@@ -72,24 +71,7 @@ class DeviceRunner:
 
 
 def config(**options: Any) -> EngineConfig:
-    checkpoint = Checkpoint(
-        model="m",
-        path=Path("m"),
-        weights_format="safetensors",
-        weight_files=(),
-        config={"architectures": ["X"], "vocab_size": 50, "max_position_embeddings": 256},
-    )
-    device = DeviceInfo(
-        kind="cpu",
-        name="cpu",
-        total_memory_bytes=1,
-        free_memory_bytes=1,
-        num_cores=1,
-        default_dtype="float32",
-        dtypes=("float32",),
-        attention_backends=("torch",),
-    )
-    return resolve(EngineArgs(block_size=BLOCK, **options), checkpoint, device)
+    return fake_config(EngineArgs(block_size=BLOCK, **options), fake_checkpoint())
 
 
 def make(num_blocks: int = 40, **options: Any) -> tuple[EngineCore, DeviceRunner]:

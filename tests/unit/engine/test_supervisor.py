@@ -22,10 +22,11 @@ from support.engine_child import (
     RAISES,
     Behaviour,
     FakeProcess,
-    fake_checkpoint,
 )
+from support.fake_config import fake_checkpoint
 from support.fake_runner import expected_tokens
 
+from octavo.engine.client import EngineProcess
 from octavo.engine.supervisor import Patience, Supervisor
 from octavo.errors import ConfigError, EngineDeadError
 from octavo.types import EngineRequest, Finish, SamplingParams, StepOutputs
@@ -332,18 +333,25 @@ def test_a_child_of_the_engine_does_not_hide_its_death(tmp_path: Path) -> None:
 
 
 def test_closing_leaves_no_process_at_any_moment(tmp_path: Path) -> None:
-    async def main(wait_s: float) -> None:
+    made: list[EngineProcess] = []
+
+    class RememberedProcess(FakeProcess):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    async def main(wait_s: float, spare_after_s: float | None) -> None:
         args = Behaviour().write(tmp_path / "b.json")
-        supervisor = await Supervisor.start(FakeProcess(), args, fake_checkpoint(), PATIENCE)
-        assert supervisor._connection is not None
-        os.kill(supervisor._connection._process.process.pid, signal.SIGKILL)
+        patience = dataclasses.replace(PATIENCE, spare_after_s=spare_after_s)
+        supervisor = await Supervisor.start(RememberedProcess(), args, fake_checkpoint(), patience)
+        os.kill(made[-1].process.pid, signal.SIGKILL)
         await asyncio.sleep(wait_s)
         await supervisor.close()
-        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
-        assert children == ""
+        assert all(process.process.returncode is not None for process in made)
 
     for wait_s in (0.0, 0.02, 0.15):
-        asyncio.run(main(wait_s))
+        for spare_after_s in (None, 0.0, 0.01):
+            asyncio.run(main(wait_s, spare_after_s))
 
 
 def test_gauges_do_not_freeze_when_an_engine_dies(tmp_path: Path) -> None:

@@ -87,15 +87,7 @@ def test_inputs_are_those_of_a_plain_loop(plan: StepPlan, seed: int) -> None:
 def test_rows_take_over_a_plans_block_updates() -> None:
     rows = device_rows(0)
     before = rows.block_tables.clone()
-    empty = np.empty(0, np.int32)
-    plan = StepPlan(
-        step=0,
-        rows=empty,
-        starts=empty,
-        chunk_lens=empty,
-        samples=np.empty(0, np.bool_),
-        num_decodes=0,
-        token_ids=empty,
+    plan = StepPlan.of_changes(
         block_rows=np.array([2, 2, 5], np.int32),
         block_cols=np.array([0, 1, 9], np.int32),
         block_ids=np.array([7, 8, 9], np.int32),

@@ -22,16 +22,8 @@ def admit(finder: PrefixFinder, tables: dict[int, list[int]]) -> None:
     )
     entries = [(row, col, b) for row, table in tables.items() for col, b in enumerate(table)]
     rows, cols, ids = np.array(entries, np.int32).T
-    empty = np.empty(0, np.int32)
     finder.update(
-        StepPlan(
-            step=0,
-            rows=empty,
-            starts=empty,
-            chunk_lens=empty,
-            samples=np.empty(0, np.bool_),
-            num_decodes=0,
-            token_ids=empty,
+        StepPlan.of_changes(
             admitted=tuple(RowAdmission(row, request) for row in tables),
             block_rows=rows,
             block_cols=cols,

@@ -6,6 +6,7 @@ import itertools
 import logging
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -314,6 +315,8 @@ def test_a_collector_that_is_away_is_told_of_once_and_waited_for_briefly(
             begun_s = time.monotonic()
             server.state.tracing.close()
             assert time.monotonic() - begun_s < 5
+            # It is done trying: nobody else's test hears of it.
+            server.wait_for(lambda: not any("Otel" in t.name for t in threading.enumerate()), 5)
         finally:
             server.state.tracing = Tracing()
     [warning] = told()
