@@ -51,6 +51,7 @@ class Death:
     """The end of an engine process."""
 
     cause: str
+    was_killed: bool  # by SIGKILL or SIGTERM: it need not have been its own doing
     in_flight: dict[int, Span] | None  # what its last steps computed; None if that is not known
 
 
@@ -114,12 +115,11 @@ class EngineProcess:
             except subprocess.TimeoutExpired:
                 logger.error("process %d cannot be killed and is left behind", self.process.pid)
 
-    def autopsy(self, cause: Callable[[int | None], str]) -> Death:
-        """See the child to its end, which has begun. `cause` makes words of its exit status."""
+    def autopsy(self) -> dict[int, Span] | None:
+        """See the child to its end, which has begun; what its last steps computed, or None if that
+        is not known.
+        """
         self._reap()
-        return Death(cause(self.process.returncode), self._in_flight())
-
-    def _in_flight(self) -> dict[int, Span] | None:
         try:
             return self._tape.in_flight() if self._tape is not None else None
         except (msgspec.MsgspecError, KeyError) as error:  # it may have died of bad memory
@@ -238,12 +238,11 @@ class Connection:
 
     async def autopsy(self, last_words: str) -> Death:
         """What there is to know of the end of the process; waits for it."""
-        killed = self._killed
-
-        def cause(returncode: int | None) -> str:
-            return killed or last_words or str(_cause(None, returncode))
-
-        return await asyncio.to_thread(self._process.autopsy, cause)
+        in_flight = await asyncio.to_thread(self._process.autopsy)
+        status = self._process.process.returncode
+        known = self._killed or last_words
+        was_killed = not known and status in (-signal.SIGKILL, -signal.SIGTERM)
+        return Death(known or str(_cause(None, status)), was_killed, in_flight)
 
     async def dump(self, cause: str) -> None:
         """Write a dead process's last steps down."""

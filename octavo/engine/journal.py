@@ -5,7 +5,8 @@ Which requests go on, and when, is decided here, too. A death may be the doing o
 steps that did not end. After two of them without progress, those that were there both times are
 tried in halves, each after the one before it has got past the point where the engine died. The half
 that kills is halved again until one request is left, and is alone in the step that kills a third
-time.
+time. Where the engine was killed by a signal that anybody may have sent, that must have happened to
+it more often.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from octavo.types import (
 _PAST = 4
 _SLACK = 16  # groups that may have emptied before they are looked through
 _SUSPECT = 2  # deaths without progress between them
+_KILLS = 4  # signals from who knows where that must have hit a request when it was alone
 
 
 class Entry:
@@ -41,7 +43,9 @@ class Entry:
     __slots__ = (
         "_arrived",
         "_update",
+        "heard_s",
         "in_engine",
+        "num_alone",
         "num_deaths",
         "num_known",
         "num_prompt_logprobs",
@@ -59,7 +63,9 @@ class Entry:
         self.num_skip = 0  # prompt logprobs that the present engine will send again
         self.started = False
         self.in_engine = False
+        self.heard_s = time.monotonic()  # when its last token came
         self.num_deaths = 0  # of engines in a step of its own, without progress between them
+        self.num_alone = 0  # those of them in which the step was nobody else's
         self.num_known = 0  # tokens received when the last of them died
         self.reached = 0  # position to which that step would have brought it
         self._update = RequestUpdate()
@@ -101,14 +107,20 @@ class Entry:
             return self.request
         return dataclasses.replace(self.request, output_token_ids=tuple(self.token_ids))
 
-    def die(self, span: Span | None) -> None:
+    def die(self, span: Span | None, is_alone: bool) -> None:
         """The engine has died in a step that was to compute these positions of it, if that is
-        known.
+        known, and of nobody else if it `is_alone`.
         """
-        was_past = self.is_past if span is None else span[0] >= self.reached
-        self.num_deaths = 1 if was_past else self.num_deaths + 1
+        if self.is_past if span is None else span[0] >= self.reached:
+            self.num_deaths = self.num_alone = 0
+        self.num_deaths += 1
+        self.num_alone += is_alone
         self.num_known = len(self.token_ids)
         self.reached = 0 if span is None else span[1]
+
+    def is_guilty(self, was_killed: bool) -> bool:
+        """Has it, alone in the last step, ended too many engines for a coincidence?"""
+        return self.num_deaths > _SUSPECT and self.num_alone >= (_KILLS if was_killed else 1)
 
 
 class Journal:
@@ -163,7 +175,7 @@ class Journal:
 
     def record(self, outputs: StepOutputs) -> None:
         """Hand a step's outputs to their requests."""
-        entries = self._entries
+        entries, now_s = self._entries, time.monotonic()
         for started in outputs.started:
             entry = entries.get(started.request_id)
             if entry is not None and not entry.started:
@@ -172,9 +184,10 @@ class Journal:
         for request_id, num_tokens in outputs.chunks:
             if (entry := entries.get(request_id)) is not None:
                 step_s = outputs.stats.step_s
-                entry.add_chunk(Chunk(num_tokens, time.monotonic(), step_s))
+                entry.add_chunk(Chunk(num_tokens, now_s, step_s))
         for request_id, token_id in zip(outputs.request_ids, outputs.token_ids, strict=True):
             if (entry := entries.get(request_id)) is not None:
+                entry.heard_s = now_s
                 entry.token_ids.append(token_id)
                 entry.put().token_ids.append(token_id)
         for request_id, logprobs in outputs.logprobs.items():
@@ -204,15 +217,20 @@ class Journal:
             entry.is_past for entry in entries if entry is not None
         )
 
-    def bury(self, in_flight: Mapping[int, Span] | None) -> Entry | None:
-        """The engine has died. Its requests wait for `admit`, suspects in halves; the one that is
-        found to have killed it is returned instead, for the caller to finish.
+    def bury(
+        self, in_flight: Mapping[int, Span] | None, *, was_killed: bool = False
+    ) -> Entry | None:
+        """The engine has died. Its requests wait for `admit`, suspects in halves, the others by how
+        long they have heard nothing; the one that is found to have killed it is returned instead,
+        for the caller to finish.
 
         Args:
             in_flight: the requests in the steps that did not end: no other can have killed it. None
                 if that is not known.
+            was_killed: by a signal that may have come from anybody.
         """
         dead = [entry for entry in self if entry.in_engine]
+        dead.sort(key=lambda entry: entry.heard_s)
         spans = (
             dict.fromkeys(e.request.request_id for e in dead) if in_flight is None else in_flight
         )
@@ -220,11 +238,11 @@ class Journal:
         for entry in dead:
             entry.in_engine = False
         for entry in blamed:
-            entry.die(spans[entry.request.request_id])
+            entry.die(spans[entry.request.request_id], is_alone=len(blamed) == 1)
         suspects = [entry for entry in blamed if entry.num_deaths >= _SUSPECT]
         self._on_trial = []
         # Two deaths may be an operator's or the kernel's doing; a third, tried alone, is its own.
-        if len(blamed) == 1 and suspects and suspects[0].num_deaths > _SUSPECT:
+        if len(blamed) == 1 and suspects and suspects[0].is_guilty(was_killed):
             [killer] = suspects
             self._hold([entry for entry in dead if entry is not killer])
             return killer

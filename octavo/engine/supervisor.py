@@ -12,16 +12,15 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from octavo.checkpoint import Checkpoint
 from octavo.config import EngineArgs
-from octavo.engine.client import Connection, EngineProcess
+from octavo.engine.client import Connection, Death, EngineProcess
 from octavo.engine.journal import Entry, Journal
 from octavo.engine.messages import Abort, Add, Outputs, Ping, Pong, ToServer
 from octavo.engine.nursery import Nursery
-from octavo.engine.tape import Span
 from octavo.errors import EngineDeadError, OctavoError
 from octavo.log import get_logger
 from octavo.types import EngineCounts, EngineRequest, Finish, StepOutputs, StepStats
@@ -35,7 +34,7 @@ _ASLEEP_S = 3.0  # a tick that came so late was held up with all of this process
 _PING_AFTER_S = 1.5  # of silence
 _BACKOFF_S = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # before a restart, by failures in a row
 _SLOW_STARTS = 10  # a restart may take so many times as long as the first start
-_TRIALS = 8  # deaths beyond the limit that it may take to find a killer among many
+_TRIALS = 16  # deaths beyond the limit that it may take to find a killer among many
 _MAX_ISOLATED = 2  # requests in a row that are found to kill, before it must be the engine itself
 _SLOW_STEPS = 10  # a step may take so many times as long as the longest of late
 _FADE = 0.99  # how the longest step is forgotten, per step
@@ -197,7 +196,7 @@ class Supervisor:
                 self._cause = death.cause
                 logger.error("the engine has ended: %s", self._cause)
                 self._dump_aside(connection)
-                self._bury(death.in_flight)
+                self._bury(death)
                 successor = await self._restart()
                 if successor is None:
                     break
@@ -230,10 +229,10 @@ class Supervisor:
         self._heard_s = self._progress_s = time.monotonic()
         self._ping_s: float | None = None  # when a ping was sent that is not answered yet
 
-    def _bury(self, in_flight: Mapping[int, Span] | None) -> None:
+    def _bury(self, death: Death) -> None:
         """Settle what a death means for the requests that were there."""
         self._num_failures += 1
-        if (killer := self._journal.bury(in_flight)) is not None:
+        if (killer := self._journal.bury(death.in_flight, was_killed=death.was_killed)) is not None:
             self._num_isolated += 1
             self._isolate(killer)
         stats = StepStats(num_waiting=len(self._journal))

@@ -14,7 +14,7 @@ import pytest
 from octavo.checkpoint import Checkpoint
 from octavo.config import EngineArgs
 from octavo.engine import client
-from octavo.engine.client import Connection, Death
+from octavo.engine.client import Connection
 from octavo.engine.messages import (
     Abort,
     Configure,
@@ -107,10 +107,9 @@ class Peer:
         self.is_stopped = True
         self.sock.close()
 
-    def autopsy(self, cause: Callable[[int | None], str]) -> Death:
+    def autopsy(self) -> None:
         self.is_stopped = True
         self.sock.close()
-        return Death(cause(self.process.returncode), None)
 
 
 async def connect(peer: Peer) -> Connection:

@@ -39,8 +39,15 @@ def take(entry: Entry) -> RequestUpdate:
 class Engine:
     """Gives every request its next token in each step; `strikes` says which kill, and at which."""
 
-    def __init__(self, journal: Journal, strikes: dict[int, int], num_rows: int = 99) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        strikes: dict[int, int],
+        num_rows: int = 99,
+        strikes_kill: bool = False,
+    ) -> None:
         self.journal, self.strikes, self.num_rows = journal, strikes, num_rows
+        self.strikes_kill = strikes_kill  # by a signal, as one might from outside
         self.num_deaths = 0
         self.killers: list[int] = []
         self.received: dict[int, list[int]] = {}
@@ -57,7 +64,7 @@ class Engine:
         """The step in which a request strikes gives nobody anything."""
         running = dict(list(self.live.items())[: self.num_rows])
         if any(len(self.received.get(i, ())) >= self.strikes.get(i, 10**9) for i in running):
-            self.die()
+            self.die(self.strikes_kill)
             return
         finished = []
         for request_id, asked in running.items():
@@ -74,14 +81,14 @@ class Engine:
             del self.live[finish.request_id]
         self.journal.record(outputs)
 
-    def die(self) -> None:
+    def die(self, was_killed: bool) -> None:
         self.num_deaths += 1
         in_flight = None
         if self.num_rows < 99:
             computed = {i: 1 + len(self.received.get(i, ())) for i in self.live}
             in_flight = {i: (computed[i], computed[i] + 1) for i in list(computed)[: self.num_rows]}
         self.live.clear()
-        killer = self.journal.bury(in_flight)
+        killer = self.journal.bury(in_flight, was_killed=was_killed)
         if killer is not None:
             self.killers.append(killer.request.request_id)
             self.journal.finish(Finish(killer.request.request_id, "error"))
@@ -92,26 +99,30 @@ class Engine:
     num_requests=st.integers(1, 24),
     strikes=st.dictionaries(st.integers(1, 24), st.integers(0, 18), max_size=4),
     late=st.integers(0, 8),
-    kills=st.sets(st.integers(0, 300), max_size=8),
+    kills=st.sets(st.integers(0, 300), max_size=3),
     num_rows=st.sampled_from([1, 3, 8, 99]),
+    strikes_kill=st.booleans(),
 )
 def test_every_killer_is_found_and_the_others_end_well(
-    num_requests: int, strikes: dict[int, int], late: int, kills: set[int], num_rows: int
+    num_requests: int,
+    strikes: dict[int, int],
+    late: int,
+    kills: set[int],
+    num_rows: int,
+    strikes_kill: bool,
 ) -> None:
     journal = Journal()
     strikes = {i: at for i, at in strikes.items() if i <= num_requests}
-    engine = Engine(journal, strikes, num_rows)
+    engine = Engine(journal, strikes, num_rows, strikes_kill)
     entries: dict[int, Entry] = {}
-    # Kills from outside leave room between them, or they could not be told from a request's doing.
-    moments = sorted(moment for moment in kills if not strikes and moment % 8 == 0)
     for tick in range(3000):
         if tick % (late or 1) == 0 and len(entries) < num_requests:
             for _ in range(1 if late else num_requests):
                 request_id = len(entries) + 1
                 entries[request_id] = journal.add(request(request_id))
         engine.admit()
-        if tick in moments and engine.live:
-            engine.die()
+        if tick in kills and engine.live:
+            engine.die(was_killed=True)
         else:
             engine.step()
         if len(entries) == num_requests and not len(journal):
@@ -195,3 +206,30 @@ def test_arrivals_wait_while_suspects_are_told_apart() -> None:
     journal.add(request(3))
     assert [entry.request.request_id for entry in journal.admit()] == [1]
     assert journal.has_waiting
+
+
+def test_kills_from_outside_condemn_nobody() -> None:
+    """Ever the same request is recomputed when the next one comes, alone or not."""
+    journal = Journal()
+    engine = Engine(journal, {})
+    for i in range(1, 9):
+        journal.add(request(i))
+    for _ in range(6):
+        engine.admit()
+        engine.die(was_killed=True)
+    while len(journal):
+        engine.admit()
+        engine.step()
+    assert engine.killers == []
+
+
+def test_who_has_waited_longest_goes_on_first() -> None:
+    journal = Journal()
+    for i in (1, 2, 3):
+        journal.add(request(i))
+    for entry in journal.admit():
+        entry.enter()
+    for i in (2, 3, 1):
+        journal.record(StepOutputs(request_ids=[i], token_ids=[5]))
+    assert journal.bury({}) is None
+    assert [entry.request.request_id for entry in journal.admit()] == [2, 3, 1]
