@@ -78,27 +78,27 @@ INLINE void transpose_keys(const float *const *k, int32_t num_keys, int32_t head
  * the row's maximum and sum, and gives the factor that its earlier sums shrink by. */
 INLINE float soften(float *scores, int32_t hidden, int32_t visible, const attention *a, float *most,
                     float *total) {
-    float lanes[LANES];
-    for (int l = 0; l < LANES; l++) lanes[l] = (float)l;
-    vf index = load(lanes), top = splat(-INFINITY), s[KEY_VECTORS];
+    vf top = splat(-INFINITY), sum = {};
     for (int v = 0; v < KEY_VECTORS; v++) {
-        vf at = index + splat((float)(v * LANES));
-        s[v] = load(scores + v * LANES) * splat(a->scale);
-        if (a->softcap > 0) s[v] = splat(a->softcap) * vtanh(s[v] / splat(a->softcap));
-        vi seen = (at >= splat((float)hidden)) & (at < splat((float)visible));
-        s[v] = (vf)(((vi)s[v] & seen) | ((vi)splat(-INFINITY) & ~seen));
-        top = vmax(s[v], top);
+        vf score = load(scores + v * LANES) * splat(a->scale);
+        if (a->softcap > 0) score = splat(a->softcap) * vtanh(score / splat(a->softcap));
+        store(scores + v * LANES, score);
     }
-    float before = *most, now = max_lanes(top);
-    if (before > now) now = before;
-    vf sum = {};
+    for (int32_t j = 0; j < hidden; j++) scores[j] = -INFINITY;
+    for (int32_t j = visible; j < KEYS; j++) scores[j] = -INFINITY;
+    for (int v = 0; v < KEY_VECTORS; v++) top = vmax(load(scores + v * LANES), top);
+    float before = *most, now = max_lanes(top), shrink = 1;
+    if (before < now) {
+        shrink = vexp_down(splat(before - now))[0];
+        *most = now;
+    } else {
+        now = before;
+    }
     for (int v = 0; v < KEY_VECTORS; v++) {
-        vf weight = vexp(s[v] - splat(now));
+        vf weight = vexp_down(load(scores + v * LANES) - splat(now));
         store(scores + v * LANES, weight);
         sum += weight;
     }
-    float shrink = vexp(splat(before - now))[0];
-    *most = now;
     *total = *total * shrink + sum_lanes(sum);
     return shrink;
 }
@@ -108,7 +108,7 @@ INLINE void merge_segment(float most, float total, const float *values, float *r
                           float *run_total, float *run_values, int32_t head_dim) {
     if (most == -INFINITY) return;
     float now = most > *run_most ? most : *run_most;
-    float old = vexp(splat(*run_most - now))[0], new = vexp(splat(most - now))[0];
+    float old = vexp_down(splat(*run_most - now))[0], new = vexp_down(splat(most - now))[0];
     *run_total = *run_total * old + total * new;
     for (int32_t d = 0; d < head_dim; d += LANES)
         store(run_values + d,

@@ -54,20 +54,21 @@ static void multiply_panels(void *context, int32_t chunk) {
                    c->out_stride, (int32_t)begin, (int32_t)end);
 }
 
-static activations make_activations(int64_t num_rows, int32_t num_groups) {
-    int64_t cells = divide_up(num_rows, CELL_ROWS) * CELL_ROWS * num_groups;
+static activations make_activations(const matrix *m, int64_t num_rows) {
+    int64_t cells = divide_up(num_rows, CELL_ROWS) * CELL_ROWS * m->num_groups;
     char *memory = scratch((size_t)cells * (GROUP + 12));
-    activations a = {.q = (int8_t *)memory, .num_groups = num_groups};
+    activations a = {.q = (int8_t *)memory, .num_groups = m->num_groups};
+    a.zero = m->kind == Q4_0 ? 8 : m->kind == Q8_0 ? active->flip8 : 0;
     a.scale = (float *)(memory + cells * GROUP);
-    a.sum = (int32_t *)(a.scale + cells);
-    a.xsum = (float *)(a.sum + cells);
+    a.offset = (int32_t *)(a.scale + cells);
+    a.xsum = (float *)(a.offset + cells);
     return a;
 }
 
 /* out = x @ m.T + bias. x: [num_rows][in_features], out: [num_rows][out_features], float32. */
 static void multiply(const matrix *m, const float *x, int64_t num_rows, int64_t x_stride,
                      const float *bias, float *out) {
-    activations acts = make_activations(num_rows, m->num_groups);
+    activations acts = make_activations(m, num_rows);
     linear_context c = {m, &acts, x, bias, out, num_rows, x_stride, m->out_features, 0, 0, 0};
     c.num_chunks = row_chunks(num_rows, m->in_features / 4 + 1);
     pool_run(c.num_chunks, quantize_rows, &c);

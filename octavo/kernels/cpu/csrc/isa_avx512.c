@@ -23,17 +23,22 @@ typedef int32_t viu __attribute__((vector_size(64), aligned(4), may_alias));
 
 INLINE_ISA vf vfma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 
+INLINE_ISA vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE_ISA vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+INLINE_ISA float sum_lanes(vf x) { return _mm512_reduce_add_ps((__m512)x); }
+INLINE_ISA float max_lanes(vf x) { return _mm512_reduce_max_ps((__m512)x); }
+
 INLINE_ISA vf load_half(const uint8_t *p) {
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 }
 
-INLINE_ISA __m512i four_bytes(const int8_t *q) {
+INLINE_ISA __m512i four(const int8_t *q, int v, int r) {
     int32_t bytes;
-    __builtin_memcpy(&bytes, q, 4);
+    __builtin_memcpy(&bytes, FOUR(q, v, r), 4);
     return _mm512_set1_epi32(bytes);
 }
 
-INLINE_ISA void dot_q4(const int num, const uint8_t *w, const int8_t *q, size_t stride, vi *dots) {
+INLINE_ISA void dot_q4(const int num, const uint8_t *w, const int8_t *q, vi *dots) {
     const __m512i mask = _mm512_set1_epi8(15);
 #pragma GCC unroll 4
     for (int v = 0; v < 4; v++) {
@@ -41,23 +46,19 @@ INLINE_ISA void dot_q4(const int num, const uint8_t *w, const int8_t *q, size_t 
         __m512i low = _mm512_and_si512(both, mask);
         __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
         for (int r = 0; r < num; r++)
-            dots[r] = (vi)_mm512_dpbusd_epi32((__m512i)dots[r], low, four_bytes(q + r * stride + 8 * v));
+            dots[r] = (vi)_mm512_dpbusd_epi32((__m512i)dots[r], low, four(q, 2 * v, r));
         for (int r = 0; r < num; r++)
-            dots[r] =
-                (vi)_mm512_dpbusd_epi32((__m512i)dots[r], high, four_bytes(q + r * stride + 8 * v + 4));
+            dots[r] = (vi)_mm512_dpbusd_epi32((__m512i)dots[r], high, four(q, 2 * v + 1, r));
     }
 }
 
-/* Weights lie 128 too high (one operand is unsigned): 128 times the activations' sum comes off. */
-INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, size_t stride,
-                       const int32_t *sum, vi *dots) {
-    for (int r = 0; r < num; r++) dots[r] -= 128 * sum[r];
+/* Weights lie 128 too high: one operand is unsigned. */
+INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, vi *dots) {
 #pragma GCC unroll 8
     for (int v = 0; v < 8; v++) {
         __m512i weights = _mm512_loadu_si512(w + v * 64);
         for (int r = 0; r < num; r++)
-            dots[r] =
-                (vi)_mm512_dpbusd_epi32((__m512i)dots[r], weights, four_bytes(q + r * stride + 4 * v));
+            dots[r] = (vi)_mm512_dpbusd_epi32((__m512i)dots[r], weights, four(q, v, r));
     }
 }
 

@@ -15,25 +15,23 @@ INLINE_ISA vf load_half(const uint8_t *p) {
     return x;
 }
 
-INLINE_ISA void dot_q4(const int num, const uint8_t *w, const int8_t *q, size_t stride, vi *dots) {
+INLINE_ISA void dot_q4(const int num, const uint8_t *w, const int8_t *q, vi *dots) {
     for (int v = 0; v < 4; v++)
         for (int r = 0; r < num; r++)
             for (int l = 0; l < LANES; l++)
                 for (int j = 0; j < 4; j++) {
                     uint8_t both = w[(v * LANES + l) * 4 + j];
-                    const int8_t *four = q + r * stride + 8 * v;
-                    dots[r][l] += (both & 15) * four[j] + (both >> 4) * four[4 + j];
+                    dots[r][l] += (both & 15) * FOUR(q, 2 * v, r)[j];
+                    dots[r][l] += (both >> 4) * FOUR(q, 2 * v + 1, r)[j];
                 }
 }
 
-INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, size_t stride,
-                       const int32_t *sum, vi *dots) {
-    (void)sum;
+INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, vi *dots) {
     for (int v = 0; v < 8; v++)
         for (int r = 0; r < num; r++)
             for (int l = 0; l < LANES; l++)
                 for (int j = 0; j < 4; j++)
-                    dots[r][l] += (int8_t)w[(v * LANES + l) * 4 + j] * q[r * stride + 4 * v + j];
+                    dots[r][l] += (int8_t)w[(v * LANES + l) * 4 + j] * FOUR(q, v, r)[j];
 }
 
 #include "kernels.inc.h"

@@ -19,32 +19,29 @@ INLINE_ISA vf load_half(const uint8_t *p) {
     return (vf)vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p)));
 }
 
-INLINE_ISA int8x16_t four_bytes(const int8_t *q) {
+INLINE_ISA int8x16_t four(const int8_t *q, int v, int r) {
     int32_t bytes;
-    __builtin_memcpy(&bytes, q, 4);
+    __builtin_memcpy(&bytes, FOUR(q, v, r), 4);
     return vreinterpretq_s8_s32(vdupq_n_s32(bytes));
 }
 
-INLINE_ISA void dot_q4(const int num, const uint8_t *w, const int8_t *q, size_t stride, vi *dots) {
+INLINE_ISA void dot_q4(const int num, const uint8_t *w, const int8_t *q, vi *dots) {
     for (int v = 0; v < 4; v++) {
         uint8x16_t both = vld1q_u8(w + v * 16);
         int8x16_t low = vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15)));
         int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(both, 4));
         for (int r = 0; r < num; r++) {
-            const int8_t *four = q + r * stride + 8 * v;
-            int32x4_t sum = vdotq_s32((int32x4_t)dots[r], low, four_bytes(four));
-            dots[r] = (vi)vdotq_s32(sum, high, four_bytes(four + 4));
+            int32x4_t sum = vdotq_s32((int32x4_t)dots[r], low, four(q, 2 * v, r));
+            dots[r] = (vi)vdotq_s32(sum, high, four(q, 2 * v + 1, r));
         }
     }
 }
 
-INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, size_t stride,
-                       const int32_t *sum, vi *dots) {
-    (void)sum;
+INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, vi *dots) {
     for (int v = 0; v < 8; v++) {
         int8x16_t weights = vreinterpretq_s8_u8(vld1q_u8(w + v * 16));
         for (int r = 0; r < num; r++)
-            dots[r] = (vi)vdotq_s32((int32x4_t)dots[r], weights, four_bytes(q + r * stride + 4 * v));
+            dots[r] = (vi)vdotq_s32((int32x4_t)dots[r], weights, four(q, v, r));
     }
 }
 

@@ -9,6 +9,15 @@ typedef int32_t viu __attribute__((vector_size(16), aligned(4), may_alias));
 
 #define INLINE_ISA static inline __attribute__((always_inline))
 
+INLINE_ISA vf vmax(vf a, vf b) { return (vf)(((vi)a & (a > b)) | ((vi)b & ~(a > b))); }
+INLINE_ISA vf vmin(vf a, vf b) { return (vf)(((vi)a & (a < b)) | ((vi)b & ~(a < b))); }
+INLINE_ISA float sum_lanes(vf x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+
+INLINE_ISA float max_lanes(vf x) {
+    float low = x[0] > x[2] ? x[0] : x[2], high = x[1] > x[3] ? x[1] : x[3];
+    return low > high ? low : high;
+}
+
 INLINE_ISA void transpose(vf *x) {
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < i; j++) {

@@ -3,6 +3,8 @@
  *   LANES, MR (rows multiplied together), RB (rows of scores held in registers)
  *   vf, vi           vectors of LANES floats and int32s; vfu, viu the same, unaligned
  *   vfma(a, b, c)    a * b + c, rounded once
+ *   vmax, vmin       b where a or b is no number
+ *   sum_lanes, max_lanes
  *   load_half(p)     LANES float16s as floats
  *   dot_q4, dot_q8   see multiply_group
  *   transpose(x)     LANES vectors in place */

@@ -48,8 +48,9 @@ static void to_q8_0(const uint8_t *x, int32_t type, int64_t size, uint8_t *block
 }
 
 static void quantize(const float *x, int32_t in_features, activations *to, int64_t row) {
-    int8_t *q = to->q + row * to->num_groups * GROUP;
     for (int32_t g = 0; g < to->num_groups; g++) {
+        int64_t cell = cell_of(to, row) + g * CELL_ROWS;
+        int8_t *q = to->q + first_four(to, row) + g * CELL_ROWS * GROUP, bytes[GROUP];
         float tail[GROUP] = {0};
         const float *from = x + g * GROUP;
         if (in_features - g * GROUP < GROUP) {
@@ -65,39 +66,36 @@ static void quantize(const float *x, int32_t in_features, activations *to, int64
             /* A value that is no number stays one in the scale; here it must only stay in range. */
             vf scaled = vmax(vmin(load(from + v * LANES) * splat(inverse), splat(127)), splat(-127));
             vi rounded = round_to_int(scaled);
-            vb bytes = __builtin_convertvector(rounded, vb);
-            memcpy(q + g * GROUP + v * LANES, &bytes, LANES);
+            vb narrow = __builtin_convertvector(rounded, vb);
+            memcpy(bytes + v * LANES, &narrow, LANES);
             sums += rounded;
         }
+        for (int v = 0; v < FOURS; v++) memcpy(FOUR(q, v, 0), bytes + 4 * v, 4);
         int32_t sum = 0;
         for (int l = 0; l < LANES; l++) sum += sums[l];
-        int64_t cell = cell_of(to, row) + g * CELL_ROWS;
         to->scale[cell] = scale;
-        to->sum[cell] = sum;
+        to->offset[cell] = -to->zero * sum;
         to->xsum[cell] = scale * (float)sum;
     }
 }
 
 /* `num` rows of activations, all of one cell, times one panel: LANES results each. */
-INLINE void multiply_panel(const int num, const int kind, const uint8_t *panel, const int8_t *q,
+INLINE void multiply_panel(const int num, const int kind, const uint8_t *panel,
                            const activations *x, int64_t row, vf *result) {
     const int32_t num_groups = x->num_groups;
-    const size_t stride = (size_t)num_groups * GROUP;
     const size_t quants = (kind == Q8_0 ? 32 : 16) * LANES;
     const size_t group_size = quants + (kind == Q4_1 ? 4 : 2) * LANES;
+    const int8_t *q = x->q + first_four(x, row);
     int64_t cell = cell_of(x, row);
     for (int r = 0; r < num; r++) result[r] = (vf){};
     for (int32_t g = 0; g < num_groups;
-         g++, panel += group_size, q += GROUP, cell += CELL_ROWS) {
+         g++, panel += group_size, q += CELL_ROWS * GROUP, cell += CELL_ROWS) {
         vi dots[MR];
-        for (int r = 0; r < num; r++) dots[r] = (vi){};
-        if (kind == Q8_0) {
-            dot_q8(num, panel, q, stride, x->sum + cell, dots);
-        } else {
-            dot_q4(num, panel, q, stride, dots);
-            if (kind == Q4_0)
-                for (int r = 0; r < num; r++) dots[r] -= 8 * x->sum[cell + r];
-        }
+        for (int r = 0; r < num; r++) dots[r] = x->offset[cell + r] - (vi){};
+        if (kind == Q8_0)
+            dot_q8(num, panel, q, dots);
+        else
+            dot_q4(num, panel, q, dots);
         vf scale = load_half(panel + quants);
         for (int r = 0; r < num; r++) {
             vf both = scale * splat(x->scale[cell + r]);
@@ -125,22 +123,21 @@ INLINE void linear_of_kind(const int kind, const matrix *m, const activations *x
             add = load(tail);
         }
         for (int64_t row = row_begin, num; row < row_end; row += num) {
-            const int8_t *q = x->q + row * m->num_groups * GROUP;
             vf result[MR];
             num = row_end - row;
             if (num >= MR) {
                 num = MR;
-                multiply_panel(MR, kind, panel, q, x, row, result);
+                multiply_panel(MR, kind, panel, x, row, result);
 #if MR > 4
             } else if (num >= 4) {
                 num = 4;
-                multiply_panel(4, kind, panel, q, x, row, result);
+                multiply_panel(4, kind, panel, x, row, result);
 #endif
             } else if (num >= 2) {
                 num = 2;
-                multiply_panel(2, kind, panel, q, x, row, result);
+                multiply_panel(2, kind, panel, x, row, result);
             } else {
-                multiply_panel(1, kind, panel, q, x, row, result);
+                multiply_panel(1, kind, panel, x, row, result);
             }
             for (int r = 0; r < num; r++) {
                 vf value = bias ? result[r] + add : result[r];

@@ -35,14 +35,16 @@ typedef struct {
 } matrix;
 
 /* Rows of activations in 8 bits: x[i] = scale[g] * q[i]. There is room for a multiple of CELL_ROWS
- * rows; what a group has one of per row lies side by side for CELL_ROWS rows. */
-#define CELL_ROWS 16
+ * rows, which lie side by side: a kernel reads one stretch of memory for all of them. */
+#define CELL_ROWS 8
+#define FOURS (GROUP / 4)
 typedef struct {
-    int8_t *q;      /* [rows][num_groups * GROUP] */
+    int8_t *q;      /* [rows / CELL_ROWS][num_groups][FOURS][CELL_ROWS][4] */
     float *scale;   /* [rows / CELL_ROWS][num_groups][CELL_ROWS] */
-    int32_t *sum;   /* the same: sum of q */
-    float *xsum;    /* the same: scale * sum */
+    int32_t *offset; /* the same: what sums of products begin with, -zero * sum of q */
+    float *xsum;    /* the same: scale * sum of q */
     int32_t num_groups;
+    int32_t zero; /* how much higher than their values the matrix's quants lie, as kernels read them */
 } activations;
 
 enum { ACT_SILU = 0, ACT_GELU = 1, ACT_GELU_TANH = 2 };
@@ -117,6 +119,13 @@ static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; 
 /* Where the scale and sums of group 0 of a row lie; those of the next group lie CELL_ROWS further. */
 static inline int64_t cell_of(const activations *x, int64_t row) {
     return row / CELL_ROWS * CELL_ROWS * x->num_groups + row % CELL_ROWS;
+}
+
+/* Inputs 4 * v to 4 * v + 3 of a group, whose inputs 0 to 3 of the first row lie at q, in row r. */
+#define FOUR(q, v, r) ((q) + ((v) * CELL_ROWS + (r)) * 4)
+
+static inline int64_t first_four(const activations *x, int64_t row) {
+    return row / CELL_ROWS * CELL_ROWS * x->num_groups * GROUP + row % CELL_ROWS * 4;
 }
 
 #define ROWS_OF(chunk, num_rows, num_chunks)                      \

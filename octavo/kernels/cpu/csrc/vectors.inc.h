@@ -9,50 +9,42 @@ INLINE vf splat(float x) {
 }
 INLINE vf load(const float *p) { return *(const vfu *)p; }
 INLINE void store(float *p, vf x) { *(vfu *)p = x; }
-INLINE vf vmax(vf a, vf b) { return (vf)(((vi)a & (a > b)) | ((vi)b & ~(a > b))); }
-INLINE vf vmin(vf a, vf b) { return (vf)(((vi)a & (a < b)) | ((vi)b & ~(a < b))); }
 INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
-
-INLINE float sum_lanes(vf x) {
-    float lanes[LANES];
-    store(lanes, x);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
-    return lanes[0];
-}
-
-INLINE float max_lanes(vf x) {
-    float lanes[LANES];
-    store(lanes, x);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++)
-            lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-    return lanes[0];
-}
 
 /* To the nearest integer, for |x| < 2^22. */
 #define ROUNDING 12582912.0f
 INLINE vi round_to_int(vf x) { return (vi)(x + splat(ROUNDING)) - (vi)splat(ROUNDING); }
 
-/* e^x to 2 ulp; 0 below -87.3, e^88.7 above. */
-INLINE vf vexp(vf x) {
-    vi zero = x < splat(-87.3f);
-    x = vmin(vmax(x, splat(-87.3f)), splat(88.7f));
-    vf n = x * splat(1.44269504f) + splat(ROUNDING) - splat(ROUNDING);
-    vf r = vfma(n, splat(-0.693359375f), x);
-    r = vfma(n, splat(2.12194440e-4f), r);
+/* e^x / 2^n to 2 ulp, where n is the integer nearest to x / ln 2. */
+INLINE vf vexp_mantissa(vf x, vf *n) {
+    *n = x * splat(1.44269504f) + splat(ROUNDING) - splat(ROUNDING);
+    vf r = vfma(*n, splat(-0.693359375f), x);
+    r = vfma(*n, splat(2.12194440e-4f), r);
     vf p = splat(1.9875691500e-4f);
     p = vfma(p, r, splat(1.3981999507e-3f));
     p = vfma(p, r, splat(8.3334519073e-3f));
     p = vfma(p, r, splat(4.1665795894e-2f));
     p = vfma(p, r, splat(1.6666665459e-1f));
     p = vfma(p, r, splat(5.0000001201e-1f));
-    p = vfma(p * r, r, r + splat(1.0f));
+    return vfma(p * r, r, r + splat(1.0f));
+}
+
+/* e^x; 0 below -87.3, e^88.7 above. */
+INLINE vf vexp(vf x) {
+    vi zero = x < splat(-87.3f);
+    vf n, p = vexp_mantissa(vmin(vmax(x, splat(-87.3f)), splat(88.7f)), &n);
     /* In two steps: 2^128 alone would overflow. */
     vi half = __builtin_convertvector(n, vi) >> 1, rest = __builtin_convertvector(n, vi) - half;
     p = p * (vf)((half + 127) << 23) * (vf)((rest + 127) << 23);
     return (vf)((vi)p & ~zero);
+}
+
+/* The same for x <= 0. */
+INLINE vf vexp_down(vf x) {
+    vi some = x >= splat(-87.3f);
+    vf n, p = vexp_mantissa(vmax(x, splat(-87.3f)), &n);
+    return (vf)((vi)(p * (vf)((__builtin_convertvector(n, vi) + 127) << 23)) & some);
 }
 
 INLINE vf vtanh(vf x) {
