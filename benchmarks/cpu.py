@@ -7,7 +7,8 @@ minute of the machine hits all of them. A round takes, for B sequences of random
 at once, greedy, EOS ignored:
     prefill  all prompt tokens / time to generate one token for each
     decode   further output tokens / the further time that they take
-The best round of each engine is quoted (and the median); ratios are of the best.
+Rates are medians over the rounds; a ratio is the median of the rounds' own ratios, of
+runs that were seconds apart.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 LOADS = {  # name: (sequences, prompt tokens, output tokens)
     "B1": (1, 512, 64),
-    "B16": (16, 128, 48),
-    "B32": (32, 128, 48),
+    "B16": (16, 128, 96),
+    "B32": (32, 128, 96),
 }
 Generate = Callable[[list[list[int]], int], None]
+Results = dict[str, dict[str, dict[str, list[float]]]]  # by engine, load, and what was measured
 
 
 # ---- engines, each in its own process; every one returns a function (prompts, num_tokens)
@@ -203,27 +204,29 @@ def find_pythons(peer_pythons: list[str]) -> dict[str, str]:
     return found
 
 
-def table(results: dict[str, dict[str, dict[str, list[float]]]], ready: dict[str, float]) -> str:
-    lines = []
+def table(results: Results, ready: dict[str, float]) -> str:
+    """Markdown: a row for each engine, and one for Octavo as a multiple of it."""
+    columns = [(load, what) for what in ("prefill", "decode") for load in results["octavo"]]
+    lines = [
+        "| tok/s | " + " | ".join(f"{what} {load}" for load, what in columns) + " | ready, s |",
+        "| --- |" + " --: |" * (len(columns) + 1),
+    ]
+    own = results["octavo"]
     for engine, loads in results.items():
-        cells = []
-        for load, values in loads.items():
-            for what, rates in values.items():
-                best = max(rates)
-                own = max(results["octavo"][load][what])
-                ratio = "" if engine == "octavo" else f", {own / best:.2f}x"
-                cells.append(
-                    f"{load} {what}: {best:7.1f} (median {statistics.median(rates):.1f}{ratio})"
-                )
-        lines.append(f"{engine} (ready in {ready[engine]:.1f} s)\n    " + "\n    ".join(cells))
-    return "\n".join(lines) + "\n(x: Octavo's best as a multiple of that engine's best)"
+        rates = [f"{statistics.median(loads[load][what]):,.0f}" for load, what in columns]
+        lines.append(f"| {engine} | {' | '.join(rates)} | {ready[engine]:.1f} |")
+        if engine != "octavo":
+            pairs = [zip(own[load][what], loads[load][what], strict=True) for load, what in columns]
+            ratios = [f"{statistics.median(a / b for a, b in pair):.2f}x" for pair in pairs]
+            lines.append(f"| Octavo against it | {' | '.join(ratios)} | |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--peer-python", action="append", default=[], help="may be repeated")
     parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=ENGINES)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--loads", nargs="*", default=list(LOADS), choices=LOADS)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
@@ -249,7 +252,7 @@ def main() -> None:
     for isa in args.isa:
         held = [*arguments, "--isa", isa]
         workers[f"octavo:{isa}"] = Worker("octavo", sys.executable, held, root)
-    results: dict[str, Any] = {
+    results: Results = {
         engine: {load: {"prefill": [], "decode": []} for load in args.loads} for engine in workers
     }
     for _ in range(args.rounds):
