@@ -333,6 +333,7 @@ class EngineInfo:
     max_model_len: int  # tokens, prompt + output
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    kv_cache_dtype: str
     block_size: int
     num_blocks: int
     kv_capacity_tokens: int

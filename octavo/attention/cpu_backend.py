@@ -1,4 +1,4 @@
-"""Paged attention in native code, for float32 on a CPU.
+"""Paged attention in native code, for float32 on a CPU, over a cache of any precision.
 
 Keys and values are read where they lie in the cache, once for all query heads that share them, with
 an online softmax in float32. A long sequence is summed up in segments of fixed length that are
@@ -62,7 +62,7 @@ class NativeAttention:
         fits = self._library is not None and self._library.octavo_attention_fits(
             spec.num_heads, spec.num_kv_heads, spec.head_dim
         )
-        return bool(fits) and ops.suits(kv.k)
+        return bool(fits) and kv.k.device.type == "cpu" and kv.k.dtype in ops.NUMBERS
 
     def native_batch(self, batch: AttentionBatch, kv: KVLayer) -> NativeBatch:
         if self._batch is None or self._batch.batch is not batch:
@@ -98,6 +98,7 @@ class NativeAttention:
             spec.sliding_window or 0,
             spec.scale,
             spec.logit_softcap or 0.0,
+            ops.NUMBERS[kv.k.dtype],
         )
         self._library.octavo_attention(
             byref(call),

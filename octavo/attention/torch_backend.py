@@ -88,8 +88,9 @@ class TorchAttention:
         """See `AttentionBackend.forward`. Rows beyond the batch's sequences (padding) are zero."""
         k_cache = kv.k.view(-1, *kv.k.shape[2:])  # [num_slots, num_kv_heads, head_dim]
         v_cache = kv.v.view(-1, *kv.v.shape[2:])
-        k_cache.index_copy_(0, batch.slot_mapping, key.to(k_cache.dtype))
-        v_cache.index_copy_(0, batch.slot_mapping, value.to(v_cache.dtype))
+        key, value = key.to(k_cache.dtype), value.to(v_cache.dtype)
+        k_cache.index_copy_(0, batch.slot_mapping, key)
+        v_cache.index_copy_(0, batch.slot_mapping, value)
         plan = self._plan(query, kv, batch, spec)
         if plan.is_one_group and plan.num_tokens == len(query):
             k, v = _gather(k_cache, v_cache, plan.groups[0].slots, plan.scratch)

@@ -42,6 +42,11 @@ class EngineArgs:
         "auto", "attention implementation; `octavo doctor` lists those available"
     )
     enforce_eager: bool = option(False, "never capture device graphs")
+    kv_cache_dtype: str = option(
+        "auto",
+        "precision of cached keys and values (auto: float16 with int8, else that of dtype)",
+        ("auto", "float32", "bfloat16", "float16"),
+    )
     block_size: int = option(16, "tokens per KV-cache block")
     enable_prefix_caching: bool = option(True, "reuse the KV cache of equal prompt beginnings")
     gpu_memory_utilization: float = option(0.9, "share of the device's memory the engine may use")

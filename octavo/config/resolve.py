@@ -85,6 +85,7 @@ def resolve(args: EngineArgs, checkpoint: CheckpointFacts, device: DeviceInfo) -
         model=model,
         cache=CacheConfig(
             block_size=args.block_size,
+            dtype=_kv_cache_dtype(args, model.dtype, model.quantization),
             enable_prefix_caching=args.enable_prefix_caching,
             kv_cache_memory_bytes=args.kv_cache_memory_bytes,
             gpu_memory_utilization=args.gpu_memory_utilization,
@@ -195,6 +196,19 @@ def _quantization(args: EngineArgs, dtype: DType, device: DeviceInfo) -> Quantiz
         )
     if dtype != "float32":
         raise ConfigError(f"quantization {wanted!r} computes in float32, not {dtype}.")
+    return wanted
+
+
+def _kv_cache_dtype(args: EngineArgs, dtype: DType, quantization: Quantization) -> DType:
+    if args.kv_cache_dtype == "auto":
+        # Decodes of many sequences are bound by reading the cache; 8-bit activations lose far more.
+        return dtype if quantization == "none" else "float16"
+    wanted = cast(DType, args.kv_cache_dtype)
+    if quantization == "none" and wanted != dtype:
+        raise ConfigError(
+            f"kv_cache_dtype {wanted} beside dtype {dtype} needs quantization int8; "
+            f"without it, leave it at auto or {dtype}."
+        )
     return wanted
 
 

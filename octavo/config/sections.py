@@ -49,6 +49,7 @@ class ModelConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
     block_size: int
+    dtype: DType
     enable_prefix_caching: bool
     kv_cache_memory_bytes: int | None  # None: measured after warm-up, from gpu_memory_utilization
     gpu_memory_utilization: float

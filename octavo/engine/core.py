@@ -173,6 +173,7 @@ def _describe(config: EngineConfig, runner: Runner, max_model_len: int) -> Engin
         max_model_len=max_model_len,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,
+        kv_cache_dtype=config.cache.dtype,
         block_size=config.cache.block_size,
         num_blocks=num_blocks,
         kv_capacity_tokens=num_blocks * config.cache.block_size,

@@ -85,6 +85,7 @@ class NativeStack(nn.Module):
             residual.data_ptr(),
             k,
             v,
+            ops.NUMBERS[context.kv[0].k.dtype],
             backend.native_batch(context.batch, context.kv[0]).pointer,
             rope.cos.data_ptr(),
             rope.sin.data_ptr(),

@@ -96,6 +96,7 @@ class ModelRunner:
         self._platform = platform
         self._device = platform.torch_device
         self._dtype: torch.dtype = getattr(torch, config.model.dtype)
+        self._kv_dtype: torch.dtype = getattr(torch, config.cache.dtype)
         self._is_native = config.model.quantization != "none"  # as long as only CPUs quantise
         self._decode_graphs: DecodeGraphs | None = None
         self._chunk_graphs: ChunkGraphs | None = None
@@ -196,7 +197,7 @@ class ModelRunner:
 
     def _make_cache(self, reserve_bytes: int) -> None:
         cache = self._config.cache
-        num_bytes = block_bytes(self._model.attention_specs, cache.block_size, self._dtype)
+        num_bytes = block_bytes(self._model.attention_specs, cache.block_size, self._kv_dtype)
         budget = memory.kv_budget_bytes(cache, self._platform, reserve_bytes)
         wanted = memory.count_blocks(cache, budget, num_bytes)
         self.num_blocks = memory.shrink_until_it_fits(wanted, self._allocate)
@@ -205,7 +206,7 @@ class ModelRunner:
     def _allocate(self, num_blocks: int) -> None:
         specs, block_size = self._model.attention_specs, self._config.cache.block_size
         self._kv = ()
-        self._kv = allocate_kv(specs, num_blocks, block_size, self._dtype, self._device)
+        self._kv = allocate_kv(specs, num_blocks, block_size, self._kv_dtype, self._device)
 
     @property
     def _uses_graphs(self) -> bool:

@@ -163,7 +163,7 @@ class ServerMetrics(Collector):
             "num_gpu_blocks": info.num_blocks,
             "enable_prefix_caching": info.enable_prefix_caching,
             "kv_capacity_tokens": info.kv_capacity_tokens,
-            "cache_dtype": info.dtype,
+            "cache_dtype": info.kv_cache_dtype,
         }
         config = GaugeMetricFamily(
             "vllm:cache_config_info", "The KV cache, as labels.", labels=[*self._labels, *facts]

@@ -70,6 +70,7 @@ def fake_info(
         max_model_len=max_model_len,
         vocab_size=259,
         eos_token_ids=(EOS, IM_END),
+        kv_cache_dtype="float32",
         block_size=16,
         num_blocks=kv_capacity_tokens // 16,
         kv_capacity_tokens=kv_capacity_tokens,

@@ -23,6 +23,7 @@ INFO = EngineInfo(
     max_model_len=MAX_LEN,
     vocab_size=50,
     eos_token_ids=(),
+    kv_cache_dtype="float32",
     block_size=BLOCK,
     num_blocks=BLOCKS - 1,
     kv_capacity_tokens=BLOCK * (BLOCKS - 1),

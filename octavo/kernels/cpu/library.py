@@ -45,6 +45,7 @@ class AttentionCall(ctypes.Structure):
         ("window", c_int32),
         ("scale", c_float),
         ("softcap", c_float),
+        ("kv_type", c_int32),
     )
 
 
@@ -105,7 +106,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         None,
         (
             *(POINTER(Layer), c_int32, c_void_p, c_void_p),
-            *(POINTER(c_void_p), POINTER(c_void_p), POINTER(Batch)),
+            *(POINTER(c_void_p), POINTER(c_void_p), c_int32, POINTER(Batch)),
             *(c_void_p, c_void_p, c_int64, c_void_p),
         ),
     ),

@@ -48,9 +48,9 @@ def isa(request):
 class Run:
     """The same random tokens of some sequences, through any backend, in any chunks."""
 
-    def __init__(self, backend, spec, block_size=16):
+    def __init__(self, backend, spec, block_size=16, dtype=torch.float32):
         self.backend, self.spec = backend, spec
-        self.cache = PagedCache([spec], 256, block_size)
+        self.cache = PagedCache([spec], 256, block_size, dtype)
         self.outputs: dict[int, list[torch.Tensor]] = {}
 
     def tokens(self, seq, start, num):
@@ -73,11 +73,14 @@ class Run:
         return torch.cat(self.outputs[seq])
 
 
-@pytest.mark.parametrize("block_size", [8, 16])
+@pytest.mark.parametrize(
+    ("block_size", "dtype"),
+    [(8, torch.float32), (16, torch.float32), (16, torch.float16), (8, torch.bfloat16)],
+)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_equals_torch(isa, spec, block_size):
-    native = Run(get_backend("native"), spec, block_size)
-    reference = Run(TorchAttention(), spec, block_size)
+def test_equals_torch(isa, spec, block_size, dtype):
+    native = Run(get_backend("native"), spec, block_size, dtype)
+    reference = Run(TorchAttention(), spec, block_size, dtype)
     for chunks in STEPS:
         native.step(chunks)
         reference.step(chunks)
@@ -85,15 +88,27 @@ def test_equals_torch(isa, spec, block_size):
         torch.testing.assert_close(native.output(seq), reference.output(seq), atol=2e-5, rtol=2e-5)
 
 
+def test_what_half_a_number_cannot_hold(isa):
+    spec = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=16, scale=1.0)
+    run = Run(get_backend("native"), spec, dtype=torch.float16)
+    batch = run.cache.step([(0, 1)])
+    value = torch.tensor([7e4, -1e30, 65519.0, torch.inf, torch.nan, 1 / 3, 1e-7, 0.0] * 2)
+    rows = torch.zeros(1, 1, 16)
+    got = run.backend.forward(rows, rows, value.view(1, 1, 16), run.cache.kv[0], batch, spec)
+    expected = value.clamp(-65504, 65504).to(torch.float16).float()
+    torch.testing.assert_close(got.flatten(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_a_token_has_the_same_bits_in_any_batch_and_any_chunk(isa, spec):
+def test_a_token_has_the_same_bits_in_any_batch_and_any_chunk(isa, spec, dtype):
     if spec is SPECS["refused"]:
         pytest.skip("torch does it")
-    together = Run(get_backend("native"), spec)
+    together = Run(get_backend("native"), spec, dtype=dtype)
     for chunks in STEPS:
         together.step(chunks)
     for seq in range(3):
-        alone = Run(get_backend("native"), spec)
+        alone = Run(get_backend("native"), spec, dtype=dtype)
         total = together.cache.lens[seq]
         library.set_threads(1)
         for n in (total // 2, total - total // 2 - 2, 1, 1):

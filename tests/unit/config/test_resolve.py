@@ -128,6 +128,32 @@ def test_dtype_auto(own: str | None, device: DeviceInfo, expected: str, key: str
     assert resolved(device, checkpoint(config)).model.dtype == expected
 
 
+NATIVE = dataclasses.replace(CPU, quantizations=("int8",))
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "expected"),
+    [
+        (CPU, {}, "float32"),
+        (GPU, {}, "bfloat16"),
+        (GPU, {"kv_cache_dtype": "bfloat16"}, "bfloat16"),
+        (NATIVE, {}, "float16"),
+        (NATIVE, {"quantization": "none"}, "float32"),
+        (NATIVE, {"dtype": "float32"}, "float32"),  # who names a dtype wants that precision
+        (NATIVE, {"kv_cache_dtype": "float32"}, "float32"),
+        (NATIVE, {"kv_cache_dtype": "bfloat16"}, "bfloat16"),
+    ],
+)
+def test_kv_cache_dtype(device: DeviceInfo, options: dict[str, Any], expected: str) -> None:
+    assert resolved(device, **options).cache.dtype == expected
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_a_cache_of_another_precision_needs_the_native_kernels(device: DeviceInfo) -> None:
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype float16 .* needs quantization int8"):
+        resolved(device, kv_cache_dtype="float16")
+
+
 def test_a_large_batch_raises_the_default_budget() -> None:
     assert resolved(max_num_seqs=600).scheduler.max_num_batched_tokens == 600
 

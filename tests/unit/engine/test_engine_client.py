@@ -43,6 +43,7 @@ INFO = EngineInfo(
     max_model_len=100,
     vocab_size=10,
     eos_token_ids=(),
+    kv_cache_dtype="float32",
     block_size=16,
     num_blocks=7,
     kv_capacity_tokens=112,

@@ -18,6 +18,7 @@ from octavo.runner.memory import count_blocks, kv_budget_bytes, shrink_until_it_
 GIB = 1 << 30
 CACHE = CacheConfig(
     block_size=16,
+    dtype="float32",
     enable_prefix_caching=True,
     kv_cache_memory_bytes=None,
     gpu_memory_utilization=0.9,

@@ -32,6 +32,7 @@ def test_limits_from_info():
         max_model_len=100,
         vocab_size=50,
         eos_token_ids=(1, 2),
+        kv_cache_dtype="float32",
         block_size=16,
         num_blocks=5,
         kv_capacity_tokens=64,

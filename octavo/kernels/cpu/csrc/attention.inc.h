@@ -58,7 +58,8 @@ INLINE void add_all_values(const int num, const float *weights, const float *shr
 }
 
 /* [num_keys][head_dim] to [head_dim][KEYS]; missing keys repeat the last. */
-INLINE void transpose_keys(const float *const *k, int32_t num_keys, int32_t head_dim, float *to) {
+INLINE void transpose_keys(const int type, const uint8_t *const *k, int32_t num_keys,
+                           int32_t head_dim, float *to) {
     for (int32_t j = 0; j < KEYS; j += LANES) {
         if (j >= num_keys) {
             for (int32_t d = 0; d < head_dim; d++) store(to + d * KEYS + j, (vf){});
@@ -67,10 +68,27 @@ INLINE void transpose_keys(const float *const *k, int32_t num_keys, int32_t head
         for (int32_t d = 0; d < head_dim; d += LANES) {
             vf block[LANES];
             for (int l = 0; l < LANES; l++)
-                block[l] = load(k[j + l < num_keys ? j + l : num_keys - 1] + d);
+                block[l] = load_number(
+                    type, k[j + l < num_keys ? j + l : num_keys - 1] + d * width_of(type));
             transpose(block);
             for (int l = 0; l < LANES; l++) store(to + (d + l) * KEYS + j, block[l]);
         }
+    }
+}
+
+INLINE void widen(const int type, const uint8_t *from, int32_t head_dim, float *to) {
+    for (int32_t d = 0; d < head_dim; d += LANES)
+        store(to + d, load_number(type, from + d * width_of(type)));
+}
+
+/* A step's keys transposed, and where its values lie as floats, which may be in `wide`. */
+INLINE void fetch(const int type, const uint8_t *const *k, const uint8_t *const *v,
+                  int32_t num_keys, int32_t head_dim, float *keys, float *wide,
+                  const float **values) {
+    transpose_keys(type, k, num_keys, head_dim, keys);
+    for (int32_t j = 0; j < num_keys; j++) {
+        values[j] = type == FLOAT32 ? (const float *)v[j] : wide + j * head_dim;
+        if (type != FLOAT32) widen(type, v[j], head_dim, wide + j * head_dim);
     }
 }
 
@@ -159,12 +177,13 @@ typedef struct {
 static void attend_keys(const attention *a, const batch *b, const attention_item *item, tile *t,
                         int32_t first, int32_t stop) {
     const int32_t head_dim = a->head_dim, num_keys = stop - first;
-    const float *k[KEYS], *v[KEYS];
+    const int64_t width = width_of(a->kv_type);
+    const uint8_t *k[KEYS], *v[KEYS];
     const int32_t *table = b->block_tables + item->seq * b->table_stride;
     for (int32_t j = 0; j < num_keys; j++) {
         int64_t slot = (int64_t)table[(first + j) / b->block_size] * b->block_size +
                        (first + j) % b->block_size;
-        int64_t at = (slot * a->num_kv_heads + item->kv_head) * head_dim;
+        int64_t at = (slot * a->num_kv_heads + item->kv_head) * head_dim * width;
         k[j] = a->k + at;
         v[j] = a->v + at;
     }
@@ -173,8 +192,15 @@ static void attend_keys(const attention *a, const batch *b, const attention_item
     while (a->window && to > from && t->positions[to - 1] - a->window >= stop - 1) to--;
     if (from == to) return;
     float keys[MAX_HEAD_DIM * KEYS] __attribute__((aligned(64)));
+    float wide[MAX_HEAD_DIM * KEYS] __attribute__((aligned(64)));
     float scores[RB * KEYS] __attribute__((aligned(64))), shrink[RB];
-    transpose_keys(k, num_keys, head_dim, keys);
+    const float *values[KEYS];
+    if (a->kv_type == FLOAT16)
+        fetch(FLOAT16, k, v, num_keys, head_dim, keys, wide, values);
+    else if (a->kv_type == BFLOAT16)
+        fetch(BFLOAT16, k, v, num_keys, head_dim, keys, wide, values);
+    else
+        fetch(FLOAT32, k, v, num_keys, head_dim, keys, wide, values);
     for (int32_t row = from, num; row < to; row += num) {
         num = to - row < RB ? to - row : RB;
         BY_ROWS(num, score_rows, t->rows + row, keys, head_dim, scores);
@@ -193,7 +219,7 @@ static void attend_keys(const attention *a, const batch *b, const attention_item
                 memset(scores + r * KEYS, 0, KEYS * sizeof(float));
         }
         float *sums = t->values + row * head_dim;
-        BY_ROWS(num, add_all_values, scores, shrink, v, farthest, sums, head_dim);
+        BY_ROWS(num, add_all_values, scores, shrink, values, farthest, sums, head_dim);
     }
 }
 

@@ -210,12 +210,20 @@ typedef struct {
 
 static void write_rows(void *context, int32_t chunk) {
     const attention_context *c = context;
-    size_t width = (size_t)c->a->num_kv_heads * c->a->head_dim;
+    const int32_t type = c->a->kv_type;
+    const int64_t size = (int64_t)c->a->num_kv_heads * c->a->head_dim;
+    const int64_t row_bytes = size * width_of(type);
     ROWS_OF(chunk, c->b->num_tokens, c->num_chunks);
     for (int64_t i = begin; i < end; i++) {
-        int64_t to = c->b->slots[i] * (int64_t)width;
-        memcpy(c->a->k + to, c->key + i * c->key_stride, width * sizeof(float));
-        memcpy(c->a->v + to, c->value + i * c->value_stride, width * sizeof(float));
+        const float *key = c->key + i * c->key_stride, *value = c->value + i * c->value_stride;
+        uint8_t *k = c->a->k + c->b->slots[i] * row_bytes, *v = c->a->v + c->b->slots[i] * row_bytes;
+        if (type == FLOAT32) {
+            memcpy(k, key, (size_t)row_bytes);
+            memcpy(v, value, (size_t)row_bytes);
+        } else {
+            active->narrow(key, type, size, k);
+            active->narrow(value, type, size, v);
+        }
     }
 }
 
@@ -356,8 +364,8 @@ EXPORT int64_t octavo_layer_floats(const layer *l) {
 }
 
 EXPORT void octavo_layers(const layer *layers, int32_t num, float *x, float *residual,
-                          float *const *k, float *const *v, const batch *b, const float *cos,
-                          const float *sin, int64_t rot_dim, float *work) {
+                          uint8_t *const *k, uint8_t *const *v, int32_t kv_type, const batch *b,
+                          const float *cos, const float *sin, int64_t rot_dim, float *work) {
     pthread_mutex_lock(&one_caller);
     int64_t tokens = b->num_tokens, size = layers->qkv.in_features;
     for (int32_t i = 0; i < num; i++) {
@@ -383,7 +391,7 @@ EXPORT void octavo_layers(const layer *layers, int32_t num, float *x, float *res
         attention a = {.query = qkv, .query_stride = width, .output = attended, .k = k[i],
                        .v = v[i], .num_heads = l->num_heads, .num_kv_heads = l->num_kv_heads,
                        .head_dim = l->head_dim, .window = l->window, .scale = l->scale,
-                       .softcap = l->softcap};
+                       .softcap = l->softcap, .kv_type = kv_type};
         const float *key = qkv + l->num_heads * head_dim, *value = key + l->num_kv_heads * head_dim;
         attend_batch(&a, b, key, width, value, width);
         multiply(&l->out, attended, tokens, l->out.in_features, l->out_bias, x);

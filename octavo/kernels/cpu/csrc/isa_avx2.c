@@ -40,6 +40,10 @@ INLINE_ISA vf load_half(const uint8_t *p) {
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 }
 
+INLINE_ISA void store_half(uint8_t *p, vf x) {
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+}
+
 INLINE_ISA __m256i four(const int8_t *q, int v, int r) {
     int32_t bytes;
     __builtin_memcpy(&bytes, FOUR(q, v, r), 4);
@@ -103,7 +107,7 @@ INLINE_ISA void transpose(vf *y) {
 
 #include "kernels.inc.h"
 
-const isa isa_avx2 = {"avx2", LANES, 0, quantize, to_q8_0, linear, rms_norm, rotate,
+const isa isa_avx2 = {"avx2", LANES, 0, quantize, to_q8_0, narrow, linear, rms_norm, rotate,
                       gate, attend, merge, argmax};
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -32,6 +32,10 @@ INLINE_ISA vf load_half(const uint8_t *p) {
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
 }
 
+INLINE_ISA void store_half(uint8_t *p, vf x) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+}
+
 INLINE_ISA __m512i four(const int8_t *q, int v, int r) {
     int32_t bytes;
     __builtin_memcpy(&bytes, FOUR(q, v, r), 4);
@@ -87,7 +91,7 @@ INLINE_ISA void transpose(vf *x) {
 
 #include "kernels.inc.h"
 
-const isa isa_avx512 = {"avx512", LANES, 0x80, quantize, to_q8_0, linear, rms_norm, rotate,
+const isa isa_avx512 = {"avx512", LANES, 0x80, quantize, to_q8_0, narrow, linear, rms_norm, rotate,
                         gate, attend, merge, argmax};
 #if defined(__clang__)
 #pragma clang attribute pop

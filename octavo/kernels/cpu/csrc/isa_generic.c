@@ -15,6 +15,13 @@ INLINE_ISA vf load_half(const uint8_t *p) {
     return x;
 }
 
+INLINE_ISA void store_half(uint8_t *p, vf x) {
+    for (int i = 0; i < LANES; i++) {
+        uint16_t half = float_to_half(x[i]);
+        __builtin_memcpy(p + 2 * i, &half, 2);
+    }
+}
+
 INLINE_ISA void dot_q4(const int num, const uint8_t *w, const int8_t *q, vi *dots) {
     for (int v = 0; v < 4; v++)
         for (int r = 0; r < num; r++)
@@ -36,7 +43,7 @@ INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, vi *dot
 
 #include "kernels.inc.h"
 
-const isa isa_generic = {"generic", LANES, 0, quantize, to_q8_0, linear, rms_norm, rotate,
+const isa isa_generic = {"generic", LANES, 0, quantize, to_q8_0, narrow, linear, rms_norm, rotate,
                          gate, attend, merge, argmax};
 
 /* ---- float16, for code that runs before an instruction set is chosen */

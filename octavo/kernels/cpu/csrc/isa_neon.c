@@ -19,6 +19,10 @@ INLINE_ISA vf load_half(const uint8_t *p) {
     return (vf)vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p)));
 }
 
+INLINE_ISA void store_half(uint8_t *p, vf x) {
+    vst1_u8(p, vreinterpret_u8_f16(vcvt_f16_f32((float32x4_t)x)));
+}
+
 INLINE_ISA int8x16_t four(const int8_t *q, int v, int r) {
     int32_t bytes;
     __builtin_memcpy(&bytes, FOUR(q, v, r), 4);
@@ -47,7 +51,7 @@ INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, vi *dot
 
 #include "kernels.inc.h"
 
-const isa isa_neon = {"neon", LANES, 0, quantize, to_q8_0, linear, rms_norm, rotate,
+const isa isa_neon = {"neon", LANES, 0, quantize, to_q8_0, narrow, linear, rms_norm, rotate,
                       gate, attend, merge, argmax};
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -5,7 +5,7 @@
  *   vfma(a, b, c)    a * b + c, rounded once
  *   vmax, vmin       b where a or b is no number
  *   sum_lanes, max_lanes
- *   load_half(p)     LANES float16s as floats
+ *   load_half(p)     LANES float16s as floats; store_half(p, x)
  *   dot_q4, dot_q8   see multiply_group
  *   transpose(x)     LANES vectors in place */
 #include "vectors.inc.h"

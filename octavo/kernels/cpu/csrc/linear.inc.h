@@ -2,19 +2,10 @@
 
 #define GROUP_VECTORS (GROUP / LANES)
 typedef int8_t vb __attribute__((vector_size(LANES)));
-typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
 
 /* A row of numbers of any type as GGUF's Q8_0 blocks; a last group that is not full is padded. */
-INLINE vf load_number(const int type, const uint8_t *p) {
-    if (type == FLOAT16) return load_half(p);
-    if (type == FLOAT32) return load((const float *)p);
-    vh upper;
-    memcpy(&upper, p, sizeof upper);
-    return (vf)(__builtin_convertvector(upper, vi) << 16);
-}
-
 INLINE void row_to_q8_0(const int type, const uint8_t *x, int64_t size, uint8_t *block) {
-    const int64_t width = type == FLOAT32 ? 4 : 2;
+    const int64_t width = width_of(type);
     for (int64_t i = 0; i < size; i += GROUP, block += 34) {
         uint8_t tail[4 * GROUP] = {0};
         const uint8_t *from = x + i * width;

@@ -53,10 +53,11 @@ typedef struct {
     const float *query; /* token stride query_stride, head stride head_dim */
     int64_t query_stride;
     float *output; /* [num_tokens][num_heads][head_dim] */
-    float *k, *v; /* [num_blocks][block_size][num_kv_heads][head_dim] */
+    uint8_t *k, *v; /* [num_blocks][block_size][num_kv_heads][head_dim] */
     int32_t num_heads, num_kv_heads, head_dim;
     int32_t window; /* 0: none */
     float scale, softcap; /* softcap 0: none */
+    int32_t kv_type;
 } attention;
 
 /* A step's sequences: i has query_lens[i] queries, the last of its seq_lens[i] positions; tokens lie
@@ -92,6 +93,7 @@ typedef struct {
     uint8_t flip8;
     void (*quantize)(const float *x, int32_t in_features, activations *to, int64_t row);
     void (*to_q8_0)(const uint8_t *x, int32_t type, int64_t size, uint8_t *blocks);
+    void (*narrow)(const float *x, int32_t type, int64_t size, uint8_t *to);
     void (*linear)(const matrix *m, const activations *x, int64_t row_begin, int64_t row_end,
                    const float *bias, float *out, int64_t out_stride, int32_t panel_begin,
                    int32_t panel_end);
@@ -113,6 +115,7 @@ void pool_run(int32_t num_chunks, task run, void *context);
 int32_t pool_threads(void);
 void pool_resize(int32_t num_threads);
 
+static inline int64_t width_of(int32_t type) { return type == FLOAT32 ? 4 : 2; }
 static inline int32_t least(int64_t a, int64_t b) { return (int32_t)(a < b ? a : b); }
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

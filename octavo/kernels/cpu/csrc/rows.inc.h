@@ -1,5 +1,14 @@
 /* What works on rows of numbers one by one: norm, rotation, gated activation, argmax. */
 
+/* `size`, a multiple of LANES, numbers as another type. */
+static void narrow(const float *x, int32_t type, int64_t size, uint8_t *to) {
+    for (int64_t i = 0; i < size; i += LANES)
+        if (type == FLOAT16)
+            store_number(FLOAT16, to + 2 * i, load(x + i));
+        else
+            store_number(BFLOAT16, to + 2 * i, load(x + i));
+}
+
 static void rms_norm(const float *x, float *residual, const float *weight, float *out, int64_t size,
                      float eps, int32_t add_one) {
     vf squares = {};

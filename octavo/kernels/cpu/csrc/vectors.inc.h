@@ -4,6 +4,8 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
+
 INLINE vf splat(float x) {
     return x - (vf){};
 }
@@ -51,4 +53,29 @@ INLINE vf vtanh(vf x) {
     vf e = vexp(vabs(x) * splat(-2.0f));
     vf t = (splat(1.0f) - e) / (splat(1.0f) + e);
     return (vf)((vi)t | ((vi)x & (vi)splat(-0.0f)));
+}
+
+/* LANES numbers of any type. */
+INLINE vf load_number(const int type, const uint8_t *p) {
+    if (type == FLOAT16) return load_half(p);
+    if (type == FLOAT32) return load((const float *)p);
+    vh upper;
+    memcpy(&upper, p, sizeof upper);
+    return (vf)(__builtin_convertvector(upper, vi) << 16);
+}
+
+/* To the nearest, ties to even. What float16 has no room for becomes its largest number. */
+INLINE void store_number(const int type, uint8_t *p, vf x) {
+    if (type == FLOAT32) {
+        store((float *)p, x);
+    } else if (type == FLOAT16) {
+        vf held = vmax(vmin(x, splat(65504)), splat(-65504));
+        vi is_number = x == x;
+        store_half(p, (vf)(((vi)held & is_number) | ((vi)x & ~is_number)));
+    } else {
+        vi bits = (vi)x;
+        vi even = (bits >> 16) & 1;
+        vh upper = __builtin_convertvector((bits + 0x7fff + even) >> 16, vh);
+        memcpy(p, &upper, sizeof upper);
+    }
 }
