@@ -333,7 +333,6 @@ class EngineInfo:
     max_model_len: int  # tokens, prompt + output
     vocab_size: int
     eos_token_ids: tuple[int, ...]
-    kv_cache_dtype: str
     block_size: int
     num_blocks: int
     kv_capacity_tokens: int
@@ -341,6 +340,7 @@ class EngineInfo:
     max_num_batched_tokens: int
     enable_prefix_caching: bool
     scheduling_policy: str = "fcfs"
+    kv_cache_dtype: str = ""  # "": not told, by a recording of before
     startup_s: dict[str, float] = field(default_factory=dict)  # by phase
     memory_bytes: dict[str, int] = field(
         default_factory=dict

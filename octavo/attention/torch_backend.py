@@ -88,7 +88,7 @@ class TorchAttention:
         """See `AttentionBackend.forward`. Rows beyond the batch's sequences (padding) are zero."""
         k_cache = kv.k.view(-1, *kv.k.shape[2:])  # [num_slots, num_kv_heads, head_dim]
         v_cache = kv.v.view(-1, *kv.v.shape[2:])
-        key, value = key.to(k_cache.dtype), value.to(v_cache.dtype)
+        key, value = _narrow(key, k_cache.dtype), _narrow(value, v_cache.dtype)
         k_cache.index_copy_(0, batch.slot_mapping, key)
         v_cache.index_copy_(0, batch.slot_mapping, value)
         plan = self._plan(query, kv, batch, spec)
@@ -247,6 +247,13 @@ def _gather(
     torch.index_select(k_cache, 0, slots, out=k)
     torch.index_select(v_cache, 0, slots, out=v)
     return k, v
+
+
+def _narrow(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounded; what float16 has no room for becomes its largest number."""
+    if dtype is torch.float16 and x.dtype is not dtype:
+        x = x.clamp(-65504, 65504)
+    return x.to(dtype)
 
 
 def _attend_group(

@@ -69,6 +69,7 @@ def _run(recording: Recording, device: str | None) -> int:
     args = dataclasses.replace(
         args,
         device=device or args.device,
+        kv_cache_dtype="auto" if device else args.kv_cache_dtype,
         kv_cache_memory_bytes=None,
         num_gpu_blocks_override=info.num_blocks,
         max_num_seqs=info.max_num_seqs,

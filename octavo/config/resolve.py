@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, get_args
 
 from octavo.config.args import EngineArgs
 from octavo.config.sections import (
@@ -81,11 +81,12 @@ def resolve(args: EngineArgs, checkpoint: CheckpointFacts, device: DeviceInfo) -
         raise ConfigError(f"block_size must be one of {_BLOCK_SIZES}, not {args.block_size}.")
     is_async = (not on_cpu) if args.async_scheduling is None else args.async_scheduling
     model = _model_config(args, checkpoint, device, max_model_len)
+    backend = _attention_backend(args, device, model.quantization)
     return EngineConfig(
         model=model,
         cache=CacheConfig(
             block_size=args.block_size,
-            dtype=_kv_cache_dtype(args, model.dtype, model.quantization),
+            dtype=_kv_cache_dtype(args, model, backend),
             enable_prefix_caching=args.enable_prefix_caching,
             kv_cache_memory_bytes=args.kv_cache_memory_bytes,
             gpu_memory_utilization=args.gpu_memory_utilization,
@@ -106,7 +107,7 @@ def resolve(args: EngineArgs, checkpoint: CheckpointFacts, device: DeviceInfo) -
         runner=RunnerConfig(
             device=device.kind,
             num_threads=args.num_threads or device.num_cores,
-            attention_backend=_attention_backend(args, device, model.quantization),
+            attention_backend=backend,
             enforce_eager=args.enforce_eager or not device.supports_graphs,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_tokens,
@@ -199,17 +200,19 @@ def _quantization(args: EngineArgs, dtype: DType, device: DeviceInfo) -> Quantiz
     return wanted
 
 
-def _kv_cache_dtype(args: EngineArgs, dtype: DType, quantization: Quantization) -> DType:
+def _kv_cache_dtype(args: EngineArgs, model: ModelConfig, attention_backend: str) -> DType:
+    is_native = attention_backend == "native" and model.quantization != "none"
     if args.kv_cache_dtype == "auto":
         # Decodes of many sequences are bound by reading the cache; 8-bit activations lose far more.
-        return dtype if quantization == "none" else "float16"
-    wanted = cast(DType, args.kv_cache_dtype)
-    if quantization == "none" and wanted != dtype:
+        return "float16" if is_native else model.dtype
+    choices = get_args(DType) if is_native else (model.dtype,)
+    if args.kv_cache_dtype not in choices:
         raise ConfigError(
-            f"kv_cache_dtype {wanted} beside dtype {dtype} needs quantization int8; "
-            f"without it, leave it at auto or {dtype}."
+            f"kv_cache_dtype {args.kv_cache_dtype} is not available with dtype {model.dtype}, "
+            f"quantization {model.quantization} and attention_backend {attention_backend}; "
+            f"choose one of auto, {', '.join(choices)}."
         )
-    return wanted
+    return cast(DType, args.kv_cache_dtype)
 
 
 def _attention_backend(args: EngineArgs, device: DeviceInfo, quantization: Quantization) -> str:

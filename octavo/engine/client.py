@@ -51,7 +51,7 @@ class Death:
     """The end of an engine process."""
 
     cause: str
-    was_killed: bool  # by SIGKILL or SIGTERM: it need not have been its own doing
+    was_killed: bool  # by SIGKILL: it need not have been its own doing
     in_flight: dict[int, Span] | None  # what its last steps computed; None if that is not known
 
 
@@ -241,7 +241,7 @@ class Connection:
         in_flight = await asyncio.to_thread(self._process.autopsy)
         status = self._process.process.returncode
         known = self._killed or last_words
-        was_killed = not known and status in (-signal.SIGKILL, -signal.SIGTERM)
+        was_killed = not known and status == -signal.SIGKILL
         return Death(known or str(_cause(None, status)), was_killed, in_flight)
 
     async def dump(self, cause: str) -> None:

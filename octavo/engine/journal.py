@@ -235,14 +235,15 @@ class Journal:
             dict.fromkeys(e.request.request_id for e in dead) if in_flight is None else in_flight
         )
         blamed = [entry for entry in dead if entry.request.request_id in spans]
+        is_alone = len(spans) == 1  # of those that have been aborted since, too
         for entry in dead:
             entry.in_engine = False
         for entry in blamed:
-            entry.die(spans[entry.request.request_id], is_alone=len(blamed) == 1)
+            entry.die(spans[entry.request.request_id], is_alone)
         suspects = [entry for entry in blamed if entry.num_deaths >= _SUSPECT]
         self._on_trial = []
         # Two deaths may be an operator's or the kernel's doing; a third, tried alone, is its own.
-        if len(blamed) == 1 and suspects and suspects[0].is_guilty(was_killed):
+        if is_alone and suspects and suspects[0].is_guilty(was_killed):
             [killer] = suspects
             self._hold([entry for entry in dead if entry is not killer])
             return killer

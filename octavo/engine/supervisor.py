@@ -247,7 +247,8 @@ class Supervisor:
         self.counts.num_isolated += 1
         logger.error("request %d ends the engine whenever it is tried, and is given up", request_id)
         message = (
-            "This request has ended the engine twice, and again when tried alone. It is given up."
+            "This request has ended the engine more than twice, at last when it was tried alone. "
+            "It is given up."
         )
         self._journal.finish(Finish(request_id, "error", message=message))
 

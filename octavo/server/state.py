@@ -87,7 +87,9 @@ class ServerState:
         self.metrics.registry.register(QueueMetrics(self.admission))
         self.engine.add_listener(self.metrics.on_step)
         self.started_s = int(time.time())
-        facts = f"{octavo.__version__}|{info.model}|{info.dtype}|{info.device}"
+        facts = (
+            f"{octavo.__version__}|{info.model}|{info.dtype}|{info.kv_cache_dtype}|{info.device}"
+        )
         self.fingerprint = f"fp_{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
         self._pool = ThreadPoolExecutor(self.config.num_text_threads, "text")
 

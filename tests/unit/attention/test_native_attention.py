@@ -88,15 +88,23 @@ def test_equals_torch(isa, spec, block_size, dtype):
         torch.testing.assert_close(native.output(seq), reference.output(seq), atol=2e-5, rtol=2e-5)
 
 
-def test_what_half_a_number_cannot_hold(isa):
+@pytest.mark.parametrize("backend", [get_backend("native"), TorchAttention()])
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.float16, [65504, -65504, 65504, 65504, torch.nan, 1 / 3, 1e-7, 0.0]),
+        (torch.bfloat16, [7e4, -1e30, 65519.0, torch.inf, torch.nan, 1 / 3, 1e-7, 0.0]),
+    ],
+)
+def test_what_half_a_number_cannot_hold(isa, backend, dtype, expected):
     spec = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=16, scale=1.0)
-    run = Run(get_backend("native"), spec, dtype=torch.float16)
+    run = Run(backend, spec, dtype=dtype)
     batch = run.cache.step([(0, 1)])
     value = torch.tensor([7e4, -1e30, 65519.0, torch.inf, torch.nan, 1 / 3, 1e-7, 0.0] * 2)
     rows = torch.zeros(1, 1, 16)
     got = run.backend.forward(rows, rows, value.view(1, 1, 16), run.cache.kv[0], batch, spec)
-    expected = value.clamp(-65504, 65504).to(torch.float16).float()
-    torch.testing.assert_close(got.flatten(), expected, rtol=0, atol=0, equal_nan=True)
+    wanted = torch.tensor(expected * 2).to(dtype).float()
+    torch.testing.assert_close(got.flatten(), wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -128,7 +128,7 @@ def test_dtype_auto(own: str | None, device: DeviceInfo, expected: str, key: str
     assert resolved(device, checkpoint(config)).model.dtype == expected
 
 
-NATIVE = dataclasses.replace(CPU, quantizations=("int8",))
+NATIVE = dataclasses.replace(CPU, quantizations=("int8",), attention_backends=("native", "torch"))
 
 
 @pytest.mark.parametrize(
@@ -139,6 +139,8 @@ NATIVE = dataclasses.replace(CPU, quantizations=("int8",))
         (GPU, {"kv_cache_dtype": "bfloat16"}, "bfloat16"),
         (NATIVE, {}, "float16"),
         (NATIVE, {"quantization": "none"}, "float32"),
+        (NATIVE, {"attention_backend": "torch"}, "float32"),
+        (NATIVE, {"quantization": "none", "attention_backend": "native"}, "float32"),
         (NATIVE, {"dtype": "float32"}, "float32"),  # who names a dtype wants that precision
         (NATIVE, {"kv_cache_dtype": "float32"}, "float32"),
         (NATIVE, {"kv_cache_dtype": "bfloat16"}, "bfloat16"),
@@ -150,8 +152,14 @@ def test_kv_cache_dtype(device: DeviceInfo, options: dict[str, Any], expected: s
 
 @pytest.mark.parametrize("device", [CPU, GPU])
 def test_a_cache_of_another_precision_needs_the_native_kernels(device: DeviceInfo) -> None:
-    with pytest.raises(ConfigError, match=r"kv_cache_dtype float16 .* needs quantization int8"):
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype float16 .* choose one of auto"):
         resolved(device, kv_cache_dtype="float16")
+
+
+def test_a_cache_in_what_is_no_number() -> None:
+    args = dataclasses.replace(EngineArgs(), kv_cache_dtype="int8")
+    with pytest.raises(ConfigError, match="kv_cache_dtype int8"):
+        resolve(args, checkpoint(), NATIVE)
 
 
 def test_a_large_batch_raises_the_default_budget() -> None:

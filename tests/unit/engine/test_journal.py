@@ -233,3 +233,16 @@ def test_who_has_waited_longest_goes_on_first() -> None:
         journal.record(StepOutputs(request_ids=[i], token_ids=[5]))
     assert journal.bury({}) is None
     assert [entry.request.request_id for entry in journal.admit()] == [2, 3, 1]
+
+
+def test_who_left_in_the_middle_of_a_step_may_have_ended_it() -> None:
+    """Nobody is alone with a death because the killer's client has hung up before it."""
+    journal = Journal()
+    for i in (1, 2):
+        journal.add(request(i))
+    for _ in range(4):
+        for entry in journal.admit():
+            entry.enter()
+        assert journal.bury({1: (0, 2), 2: (0, 2)}) is None
+        journal.finish(Finish(2, "abort"))
+    assert journal.get(1) is not None

@@ -37,8 +37,9 @@ typedef struct {
 
 static void quantize_rows(void *context, int32_t chunk) {
     const linear_context *c = context;
-    ROWS_OF(chunk, c->num_rows, c->num_chunks);
-    for (int64_t row = begin; row < end; row++)
+    ROWS_OF(chunk, divide_up(c->num_rows, CELL_ROWS), c->num_chunks); /* cells share cache lines */
+    int64_t stop = least(end * CELL_ROWS, c->num_rows);
+    for (int64_t row = begin * CELL_ROWS; row < stop; row++)
         active->quantize(c->x + row * c->x_stride, c->m->in_features, c->acts, row);
 }
 
@@ -70,7 +71,8 @@ static void multiply(const matrix *m, const float *x, int64_t num_rows, int64_t 
                      const float *bias, float *out) {
     activations acts = make_activations(m, num_rows);
     linear_context c = {m, &acts, x, bias, out, num_rows, x_stride, m->out_features, 0, 0, 0};
-    c.num_chunks = row_chunks(num_rows, m->in_features / 4 + 1);
+    int64_t cells = divide_up(num_rows, CELL_ROWS);
+    c.num_chunks = row_chunks(cells, CELL_ROWS * (m->in_features / 4 + 1));
     pool_run(c.num_chunks, quantize_rows, &c);
     c.num_panels = (int32_t)divide_up(m->out_features, active->lanes);
     c.num_tiles = (int32_t)divide_up(num_rows, TILE_ROWS);

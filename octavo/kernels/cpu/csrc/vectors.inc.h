@@ -4,6 +4,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
 
 INLINE vf splat(float x) {
@@ -73,9 +74,10 @@ INLINE void store_number(const int type, uint8_t *p, vf x) {
         vi is_number = x == x;
         store_half(p, (vf)(((vi)held & is_number) | ((vi)x & ~is_number)));
     } else {
-        vi bits = (vi)x;
-        vi even = (bits >> 16) & 1;
-        vh upper = __builtin_convertvector((bits + 0x7fff + even) >> 16, vh);
+        vu bits = (vu)x;
+        vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, nan = bits >> 16 | 0x40;
+        vu is_number = (vu)(x == x);
+        vh upper = __builtin_convertvector((rounded & is_number) | (nan & ~is_number), vh);
         memcpy(p, &upper, sizeof upper);
     }
 }
