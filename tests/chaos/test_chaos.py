@@ -220,9 +220,11 @@ def test_memory_stays_flat(
 
     async def run(server: RunningServer) -> None:
         async with load(server, reference, ledger, num_streams=32):
-            for _ in range(12):  # until every block has been used once
+            num_quiet = 0
+            for _ in range(36):  # until every block has been used once
                 sizes = await sample(server, 10)
-                if sizes[-1] - sizes[0] < 2 << 20:
+                num_quiet = num_quiet + 1 if sizes[-1] - sizes[0] < 1 << 20 else 0
+                if num_quiet == 3:
                     break
             sizes = await sample(server, 8 * rounds)
         half = len(sizes) // 2
