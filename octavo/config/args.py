@@ -44,7 +44,7 @@ class EngineArgs:
     enforce_eager: bool = option(False, "never capture device graphs")
     kv_cache_dtype: str = option(
         "auto",
-        "precision of cached keys and values (auto: float16 with int8, else that of dtype)",
+        "precision of cached keys and values (auto: float16 for native int8 kernels, else dtype)",
         ("auto", "float32", "bfloat16", "float16"),
     )
     block_size: int = option(16, "tokens per KV-cache block")
