@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,6 +57,18 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+class _Compilers(ThreadPoolExecutor):
+    """Compiles kernels and loads them, for which Triton has a launcher built by the C compiler."""
+
+    def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:  # type: ignore[override]
+        def compile_and_load() -> Any:
+            kernel = compile_kernel()
+            _ = kernel.run
+            return kernel
+
+        return super().submit(compile_and_load)
+
+
 @contextmanager
 def compiling() -> Iterator[None]:
     """Launch nothing in here: compile what would be launched, each kernel once, in threads."""
@@ -70,7 +82,7 @@ def compiling() -> Iterator[None]:
 
     JITFunction.run = run
     try:
-        with ThreadPoolExecutor(thread_name_prefix="compile") as pool, AsyncCompileMode(pool):
+        with _Compilers(thread_name_prefix="compile") as pool, AsyncCompileMode(pool):
             yield
     finally:
         JITFunction.run = launching
