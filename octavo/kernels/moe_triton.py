@@ -289,7 +289,7 @@ def choose_plan(num_pairs: int, num_experts: int, itemsize: int, gated: bool) ->
         return GroupedPlan(32, 64 if gated else 128, 128, 4, 3)
     if num_pairs <= 64 * num_experts:
         return GroupedPlan(64, 128, 64, 4, 4)
-    return GroupedPlan(128, 128, 64, 8, 3)
+    return GroupedPlan(128, 128 if gated else 256, 64, 8, 4)
 
 
 def run_experts(
