@@ -52,6 +52,9 @@ class AttentionBatch:
     Sequence i owns query tokens [query_starts[i], query_starts[i+1]), which are the last of its
     seq_lens[i] positions. The first `num_decodes` sequences have exactly one query token, or are
     padding: none and seq_lens 0.
+
+    With `queries`, all tokens leave their keys and values, but only those attend: sequences are
+    theirs, in their order, and all of them decodes.
     """
 
     # Where each token's K/V go: block_id * block_size + offset.
@@ -72,6 +75,11 @@ class AttentionBatch:
     # sequence's would begin, [num_seqs - num_decodes + 1] int32, and how many there are.
     key_starts: torch.Tensor | None = None
     num_keys: int = 0
+    queries: torch.Tensor | None = None  # [num_decodes] int64, tokens of the step; None: all attend
+
+    def pick(self, x: torch.Tensor) -> torch.Tensor:
+        """[num_tokens, ...] -> the rows of the tokens that attend."""
+        return x if self.queries is None else x[self.queries]
 
 
 class AttentionBackend(Protocol):
@@ -88,9 +96,9 @@ class AttentionBackend(Protocol):
         kv: KVLayer,
         batch: AttentionBatch,
         spec: AttentionSpec,
-    ) -> torch.Tensor:  # [num_tokens, num_heads, head_dim]
+    ) -> torch.Tensor:  # [num_queries, num_heads, head_dim]
         """Write the step's keys and values into the cache, then attend causally over each
-        sequence's context.
+        sequence's context. The result has one row for each token that attends.
         """
         ...
 
@@ -108,7 +116,7 @@ class PackedAttention(Protocol):
         kv: KVLayer,
         batch: AttentionBatch,
         spec: AttentionSpec,
-    ) -> torch.Tensor:  # [num_tokens, num_heads, head_dim]
+    ) -> torch.Tensor:  # [num_queries, num_heads, head_dim]
         """Norm and rotate queries and keys, then as `AttentionBackend.forward`; qkv may be
         overwritten.
         """

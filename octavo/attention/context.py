@@ -14,3 +14,12 @@ class ForwardContext:
     batch: AttentionBatch
     kv: tuple[KVLayer, ...]  # by layer
     backend: AttentionBackend
+    # For the last layer, with `queries`: hidden states are wanted of those tokens alone, and the
+    # others need no more of it than their keys and values. None: of all.
+    last_batch: AttentionBatch | None = None
+
+    def batch_of(self, layer_idx: int) -> AttentionBatch:
+        """What the layer attends."""
+        if self.last_batch is not None and layer_idx == len(self.kv) - 1:
+            return self.last_batch
+        return self.batch

@@ -24,11 +24,12 @@ class NativeBatch:
 
     def __init__(self, batch: AttentionBatch, block_size: int) -> None:
         self.batch = batch
-        self.num_tokens = sum(batch.query_lens)
+        self.num_queries = sum(batch.query_lens)
+        num_tokens = self.num_queries if batch.queries is None else len(batch.slot_mapping)
         num_seqs = len(batch.query_lens)
         lens = torch.tensor((batch.query_lens, batch.host_seq_lens), dtype=torch.int32)
         slots, tables = batch.slot_mapping.contiguous(), batch.block_tables.contiguous()
-        self._owned = (lens, slots, tables)  # what the pointers lead to
+        self._owned = (lens, slots, tables, batch.queries)  # what the pointers lead to
         self.pointer = byref(
             Batch(
                 slots.data_ptr(),
@@ -36,9 +37,10 @@ class NativeBatch:
                 lens.data_ptr() + lens.element_size() * num_seqs,
                 tables.data_ptr(),
                 tables.stride(0),
-                self.num_tokens,
+                num_tokens,
                 num_seqs,
                 block_size,
+                None if batch.queries is None else batch.queries.data_ptr(),
             )
         )
 
@@ -46,7 +48,7 @@ class NativeBatch:
 class NativeAttention:
     """Head sizes that are multiples of 16, up to 256; anything else is left to torch.
 
-    It remembers the last batch in native form and nothing else.
+    It remembers the batches of the last step in native form and nothing else.
     """
 
     name = "native"
@@ -54,7 +56,7 @@ class NativeAttention:
 
     def __init__(self) -> None:
         self._library = load()
-        self._batch: NativeBatch | None = None
+        self._batches: dict[bool, NativeBatch] = {}  # by whether they have `queries`
         self._fallback = TorchAttention()
 
     def takes(self, spec: AttentionSpec, kv: KVLayer) -> bool:
@@ -65,9 +67,11 @@ class NativeAttention:
         return bool(fits) and kv.k.device.type == "cpu" and kv.k.dtype in ops.NUMBERS
 
     def native_batch(self, batch: AttentionBatch, kv: KVLayer) -> NativeBatch:
-        if self._batch is None or self._batch.batch is not batch:
-            self._batch = NativeBatch(batch, kv.k.shape[1])
-        return self._batch
+        found = self._batches.get(batch.queries is not None)
+        if found is None or found.batch is not batch:
+            found = NativeBatch(batch, kv.k.shape[1])
+            self._batches[batch.queries is not None] = found
+        return found
 
     def forward(
         self,
@@ -77,15 +81,15 @@ class NativeAttention:
         kv: KVLayer,
         batch: AttentionBatch,
         spec: AttentionSpec,
-    ) -> torch.Tensor:  # [num_tokens, num_heads, head_dim]
+    ) -> torch.Tensor:  # [num_queries, num_heads, head_dim]
         """See `AttentionBackend.forward`. Rows beyond the batch's sequences (padding) are zero."""
         if not (ops.suits(query) and self.takes(spec, kv)):
             return self._fallback.forward(query, key, value, kv, batch, spec)
         assert self._library is not None
         native = self.native_batch(batch, kv)
-        query, key, value = _dense(query), _dense(key), _dense(value)
+        query, key, value = _dense(batch.pick(query)), _dense(key), _dense(value)
         output = torch.empty(query.shape)
-        output[native.num_tokens :] = 0
+        output[native.num_queries :] = 0
         call = AttentionCall(
             query.data_ptr(),
             query.stride(0),
@@ -117,7 +121,7 @@ class NativeAttention:
         kv: KVLayer,
         batch: AttentionBatch,
         spec: AttentionSpec,
-    ) -> torch.Tensor:  # [num_tokens, num_heads, head_dim]
+    ) -> torch.Tensor:  # [num_queries, num_heads, head_dim]
         """See `PackedAttention.forward_packed`."""
         heads = split_and_rotate(qkv, spec.num_heads, spec.num_kv_heads, transform)
         return self.forward(*heads, kv, batch, spec)

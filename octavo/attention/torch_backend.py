@@ -84,13 +84,14 @@ class TorchAttention:
         kv: KVLayer,
         batch: AttentionBatch,
         spec: AttentionSpec,
-    ) -> torch.Tensor:  # [num_tokens, num_heads, head_dim]
+    ) -> torch.Tensor:  # [num_queries, num_heads, head_dim]
         """See `AttentionBackend.forward`. Rows beyond the batch's sequences (padding) are zero."""
         k_cache = kv.k.view(-1, *kv.k.shape[2:])  # [num_slots, num_kv_heads, head_dim]
         v_cache = kv.v.view(-1, *kv.v.shape[2:])
         key, value = _narrow(key, k_cache.dtype), _narrow(value, v_cache.dtype)
         k_cache.index_copy_(0, batch.slot_mapping, key)
         v_cache.index_copy_(0, batch.slot_mapping, value)
+        query = batch.pick(query)
         plan = self._plan(query, kv, batch, spec)
         if plan.is_one_group and plan.num_tokens == len(query):
             k, v = _gather(k_cache, v_cache, plan.groups[0].slots, plan.scratch)

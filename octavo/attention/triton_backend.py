@@ -40,12 +40,12 @@ class TritonAttention:
         kv: KVLayer,
         batch: AttentionBatch,
         spec: AttentionSpec,
-    ) -> torch.Tensor:  # [num_tokens, num_heads, head_dim]
+    ) -> torch.Tensor:  # [num_queries, num_heads, head_dim]
         """See `AttentionBackend.forward`. Rows beyond the batch's sequences are undefined."""
         blocks, offsets = batch.slot_mapping // kv.k.shape[1], batch.slot_mapping % kv.k.shape[1]
         kv.k[blocks, offsets] = key.to(kv.k.dtype)
         kv.v[blocks, offsets] = value.to(kv.v.dtype)
-        return self._attend(query.contiguous(), kv, batch, spec)
+        return self._attend(batch.pick(query).contiguous(), kv, batch, spec)
 
     def forward_packed(
         self,
@@ -54,14 +54,14 @@ class TritonAttention:
         kv: KVLayer,
         batch: AttentionBatch,
         spec: AttentionSpec,
-    ) -> torch.Tensor:  # [num_tokens, num_heads, head_dim]
+    ) -> torch.Tensor:  # [num_queries, num_heads, head_dim]
         """See `PackedAttention.forward_packed`."""
         packs = self._can_pack(qkv, spec)
         query = rotate_and_store(
             qkv, spec.num_heads, transform, kv.k, kv.v, batch.slot_mapping,
             keep=packs and batch.is_fresh,
         )  # fmt: skip
-        return self._attend(query, kv, batch, spec, qkv if packs else None)
+        return self._attend(batch.pick(query), kv, batch, spec, qkv if packs else None)
 
     def _can_pack(self, qkv: torch.Tensor, spec: AttentionSpec) -> bool:
         is_plain = spec.sliding_window is None and spec.logit_softcap is None

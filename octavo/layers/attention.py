@@ -32,13 +32,14 @@ class Attention(nn.Module):
         qkv: torch.Tensor,  # [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]
         transform: HeadTransform,
         context: ForwardContext,
-    ) -> torch.Tensor:  # [num_tokens, num_heads * head_dim]
+    ) -> torch.Tensor:  # [num_queries, num_heads * head_dim]
         spec, backend, cache = self.spec, context.backend, context.kv[self.layer_idx]
+        batch = context.batch_of(self.layer_idx)
         if isinstance(backend, PackedAttention):
-            attended = backend.forward_packed(qkv, transform, cache, context.batch, spec)
+            attended = backend.forward_packed(qkv, transform, cache, batch, spec)
         else:
             heads = split_and_rotate(qkv, spec.num_heads, spec.num_kv_heads, transform)
-            attended = backend.forward(*heads, cache, context.batch, spec)
+            attended = backend.forward(*heads, cache, batch, spec)
         return attended.flatten(1)
 
 
@@ -76,17 +77,21 @@ class SelfAttention(nn.Module):
         self.attention = Attention(layer_idx, spec)
 
     def forward(self, x: torch.Tensor, rope: Rope, context: ForwardContext) -> torch.Tensor:
-        """[num_tokens, size] -> [num_tokens, size]"""
+        """[num_tokens, size] -> [num_queries, size]: see `pick`."""
         transform = HeadTransform(rope, self.head_norms())
         return self.o_proj(self.attention(self.qkv_proj(x), transform, context))  # type: ignore[no-any-return]
 
     def forward_fused(
         self, x: torch.Tensor, norm: RMSNorm, rope: Rope, context: ForwardContext
     ) -> torch.Tensor:
-        """x + forward(norm(x)), in few launches; may be written over x."""
+        """pick(x) + forward(norm(x)), in few launches; may be written over x."""
         qkv = self.qkv_proj.forward_around(x, norm.before_product())
         attended = self.attention(qkv, HeadTransform(rope, self.head_norms()), context)
-        return self.o_proj.forward_around(attended, Around(residual=x))
+        return self.o_proj.forward_around(attended, Around(residual=self.pick(x, context)))
+
+    def pick(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """The rows of the tokens that attend: all but in the last layer."""
+        return context.batch_of(self.attention.layer_idx).pick(x)
 
     def head_norms(self) -> HeadNorms | None:
         """The weights of both norms, if it has them."""

@@ -38,7 +38,7 @@ class CausalLM(nn.Module, ABC):
         input_ids: torch.Tensor,  # [num_tokens] int
         positions: torch.Tensor,  # [num_tokens] int, below max_model_len
         context: ForwardContext,
-    ) -> torch.Tensor:  # [num_tokens, hidden_size]
+    ) -> torch.Tensor:  # [num_tokens, hidden_size], or of context.last_batch.queries alone
         """Hidden states after the final norm. Writes the tokens' keys and values to the cache."""
 
     @abstractmethod

@@ -48,14 +48,15 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None, rope: Rope, context: ForwardContext
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[num_tokens, size] each; x + residual is the layer's input, and so for its result. On a
-        GPU the sum is finished where it arises, in x itself, and there is no residual.
+        """[num_tokens, size] each; x + residual is the layer's input, and so for its result, which
+        has a row for each token that attends. On a GPU the sum is finished where it arises, in x
+        itself, and there is no residual.
         """
         if residual is None and fuses(x):
             x = self.self_attn.forward_fused(x, self.input_layernorm, rope, context)
             return self.mlp.forward_fused(x, self.post_attention_layernorm), None
         x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, rope, context)
+        x, residual = self.self_attn(x, rope, context), self.self_attn.pick(residual, context)
         x, residual = self.post_attention_layernorm(x, residual)
         return self.mlp(x), residual
 
@@ -115,7 +116,7 @@ class DecoderLM(CausalLM):
     def run_layers(
         self, input_ids: torch.Tensor, ropes: Sequence[Rope], context: ForwardContext
     ) -> torch.Tensor:
-        """Embed, run layer i with ropes[i], and norm."""
+        """Embed, run layer i with ropes[i], and norm; see `CausalLM.forward`."""
         x, residual = self.embed_tokens(input_ids), None
         for layer, rope in zip(self.layers, ropes, strict=True):
             x, residual = layer(x, residual, rope, context)

@@ -45,7 +45,7 @@ class GemmaLayer(DecoderLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         x, residual = self.input_layernorm(x, residual)
         x = self.post_attention_layernorm.normalize(self.self_attn(x, rope, context))
-        x, residual = self.pre_feedforward_layernorm(x, residual)
+        x, residual = self.pre_feedforward_layernorm(x, self.self_attn.pick(residual, context))
         return self.post_feedforward_layernorm.normalize(self.mlp(x)), residual
 
     def weight_slots(self, prefix: str) -> dict[str, WeightSlot]:

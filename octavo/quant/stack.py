@@ -78,6 +78,7 @@ class NativeStack(nn.Module):
         if len(self._work) < num_floats:
             self._work = torch.empty(num_floats)
         k, v = self._cache_pointers(context)
+        last = context.batch_of(len(self._layers) - 1)
         self._library.octavo_layers(
             self._layers,
             len(self._layers),
@@ -87,12 +88,14 @@ class NativeStack(nn.Module):
             v,
             ops.NUMBERS[context.kv[0].k.dtype],
             backend.native_batch(context.batch, context.kv[0]).pointer,
+            backend.native_batch(last, context.kv[0]).pointer,
             rope.cos.data_ptr(),
             rope.sin.data_ptr(),
             rope.cos.shape[-1],
             self._work.data_ptr(),
         )
-        return x, residual
+        num_queries = len(x) if last.queries is None else len(last.queries)
+        return x[:num_queries], residual[:num_queries]
 
     def _cache_pointers(self, context: ForwardContext) -> tuple[object, object]:
         """Arrays of pointers to each layer's keys and values."""

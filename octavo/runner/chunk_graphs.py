@@ -17,7 +17,7 @@ import torch
 
 from octavo.attention.base import AttentionBatch
 from octavo.runner.graphs import Capturer, GraphStep, StepModel, next_size
-from octavo.runner.inputs import is_fresh
+from octavo.runner.inputs import is_fresh, last_layer_batch
 from octavo.runner.rows import DeviceRows, to_device
 from octavo.sched.plan import StepPlan
 
@@ -61,13 +61,13 @@ class StepSize(NamedTuple):
     @property
     def layout(self) -> list[int]:
         """Lengths of what the host sends, in order: rows, positions and ids of the tokens; starts,
-        lengths and rows of the sequences; sampled tokens and their rows.
+        lengths and rows of the sequences; sampled tokens, lengths and rows of their sequences.
         """
         return (
             [self.num_tokens] * 3
             + [self.num_seqs + 1]
             + [self.num_seqs] * 2
-            + [self.num_samples] * 2
+            + [self.num_samples] * 3
         )
 
 
@@ -137,7 +137,7 @@ class ChunkGraphs:
 
     def capture(self, size: StepSize, *, greedy: bool = True) -> _Chunks:
         scratch = self._rows.scratch
-        fills = (scratch, 0, 0, 0, 0, scratch, 0, scratch)
+        fills = (scratch, 0, 0, 0, 0, scratch, 0, 0, scratch)
         blank = [np.full(n, fill, np.int64) for n, fill in zip(size.layout, fills, strict=True)]
         packed = to_device(np.concatenate(blank), self._rows.device)
         graph, result = self._capturer.capture(lambda: self._step(packed, size, greedy=greedy))
@@ -168,15 +168,17 @@ class ChunkGraphs:
                 _spread(seq_lens, num_decodes, size, 0),
                 _spread(plan.rows, num_decodes, size, scratch),
                 _padded((ends - 1)[plan.samples], size.num_samples, 0),
+                _padded(seq_lens[plan.samples], size.num_samples, 0),
                 _padded(plan.rows[plan.samples], size.num_samples, scratch),
             ]
         )
 
     def _step(self, packed: torch.Tensor, size: StepSize, *, greedy: bool) -> torch.Tensor:
         state = self._rows
-        token_rows, positions, ids, starts, seq_lens, seq_rows, sampled, sample_rows = torch.split(
+        token_rows, positions, ids, starts, seq_lens, seq_rows, *sampled = torch.split(
             packed, size.layout
         )
+        sample_tokens, sample_lens, sample_rows = sampled
         blocks = state.block_tables[token_rows, positions // self._block_size].to(torch.int64)
         batch = AttentionBatch(
             slot_mapping=blocks * self._block_size + positions % self._block_size,
@@ -190,10 +192,17 @@ class ChunkGraphs:
             host_seq_lens=(self._max_seq_len,) * size.num_seqs,
             is_fresh=size.is_fresh,
         )
+        last_batch = last_layer_batch(
+            batch.slot_mapping,
+            sample_tokens,
+            sample_lens.to(torch.int32),
+            state.block_tables[sample_rows],
+            (self._max_seq_len,) * size.num_samples,
+        )
         token_ids = torch.where(ids < 0, state.last_token_ids[token_rows], ids)
-        hidden = self._model.forward(token_ids, positions, batch)
+        hidden = self._model.forward(token_ids, positions, batch, last_batch)
         state.num_computed[seq_rows] = seq_lens
-        return self._model.finish(hidden[sampled], sample_rows, state, greedy=greedy)
+        return self._model.finish(hidden, sample_rows, state, greedy=greedy)
 
 
 def _padded(values: npt.NDArray[Any], length: int, fill: int) -> npt.NDArray[np.int64]:

@@ -24,8 +24,10 @@ from octavo.runner.rows import DeviceRows, to_device
 
 T = TypeVar("T")
 
-# (token_ids, positions, batch) -> hidden states [num_tokens, hidden_size]
-Forward = Callable[[torch.Tensor, torch.Tensor, AttentionBatch], torch.Tensor]
+# (token_ids, positions, batch, last layer's batch) -> hidden states [num_queries, hidden_size]
+Forward = Callable[
+    [torch.Tensor, torch.Tensor, AttentionBatch, AttentionBatch | None], torch.Tensor
+]
 # hidden states [n, hidden_size] -> the most likely tokens [n] int64
 PickGreedily = Callable[[torch.Tensor], torch.Tensor]
 
@@ -186,7 +188,7 @@ class DecodeGraphs:
             host_seq_lens=(self._max_seq_len,) * size,
             shared=self._shared(packed[size:]) if len(packed) > size else None,
         )
-        hidden = self._model.forward(state.last_token_ids[rows], positions, batch)
+        hidden = self._model.forward(state.last_token_ids[rows], positions, batch, None)
         state.num_computed[rows] = positions + (rows != state.scratch)
         return self._model.finish(hidden, rows, state, greedy=greedy)
 

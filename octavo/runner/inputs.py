@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -44,7 +46,8 @@ class StepInputs:
     token_ids: torch.Tensor  # [num_tokens] int64
     positions: torch.Tensor  # [num_tokens] int64
     batch: AttentionBatch
-    sample_indices: torch.Tensor  # [num_samples] int64, tokens whose hidden state is sampled from
+    last_batch: AttentionBatch | None  # see `ForwardContext`
+    sample_indices: torch.Tensor | slice  # which hidden states are sampled from, [num_samples]
     sample_rows: torch.Tensor  # [num_samples] int64
     seq_rows: torch.Tensor  # [num_seqs] int64
     seq_lens: torch.Tensor  # [num_seqs] int64, positions computed once this pass has run
@@ -55,61 +58,112 @@ def _starts(lens: torch.Tensor) -> torch.Tensor:
     return F.pad(lens.cumsum(0), (1, 0)).to(torch.int32)
 
 
-def build_inputs(plan: StepPlan, rows: DeviceRows, block_size: int) -> StepInputs:
-    """Everything the host knows goes over in one copy; the rest is gathered on the device."""
-    device = rows.block_tables.device
-    num_seqs, num_tokens, num_decodes = len(plan.rows), plan.num_tokens, plan.num_decodes
-    query_starts = np.zeros(num_seqs + 1, np.int64)
-    np.cumsum(plan.chunk_lens, out=query_starts[1:])
-    seq_index = np.repeat(np.arange(num_seqs), plan.chunk_lens)
-    positions = np.arange(num_tokens) - query_starts[seq_index] + plan.starts[seq_index]
-    seq_lens = plan.starts + plan.chunk_lens
-    num_keys = count_gathered(plan)
-    pieces = (
-        plan.rows,
-        plan.rows[seq_index],
-        positions,
-        plan.token_ids,
-        query_starts[1:][plan.samples] - 1,
-        plan.rows[plan.samples],
-        query_starts,
-        seq_lens,
+def last_layer_batch(
+    slot_mapping: torch.Tensor,  # [num_tokens] int64, of the whole step
+    queries: torch.Tensor,  # [n] int64, the tokens that are sampled from
+    seq_lens: torch.Tensor,  # [n] int32, of their sequences; 0: padding
+    block_tables: torch.Tensor,  # [n, max_blocks] int32
+    host_seq_lens: Sequence[int],  # the same on the host, or bounds
+) -> AttentionBatch:
+    """For the last layer: each sampled token attends as if its step were a decode."""
+    num_queries = len(queries)
+    starts = torch.arange(num_queries + 1, dtype=torch.int32, device=queries.device)
+    return AttentionBatch(
+        slot_mapping=slot_mapping,
+        query_starts=starts,
+        seq_lens=seq_lens,
+        block_tables=block_tables,
+        num_decodes=num_queries,
+        max_query_len=1,
+        max_seq_len=max(host_seq_lens),
+        query_lens=(1,) * num_queries,
+        host_seq_lens=tuple(host_seq_lens),
+        queries=queries,
     )
-    packed = to_device(np.concatenate(pieces).astype(np.int64, copy=False), device)
-    (
-        seq_rows,
-        token_rows,
-        device_positions,
-        host_token_ids,
-        sample_indices,
-        sample_rows,
-        device_query_starts,
-        device_seq_lens,
-    ) = torch.split(packed, [len(piece) for piece in pieces])
-    max_seq_len = int(seq_lens.max())
+
+
+def build_inputs(
+    plan: StepPlan, rows: DeviceRows, block_size: int, *, want_all: bool = False
+) -> StepInputs:
+    """Everything the host knows goes over in one copy; the rest is gathered on the device.
+
+    Args:
+        want_all: the hidden states of all tokens, not only of those that are sampled from.
+    """
+    num_tokens, num_samples = plan.num_tokens, int(plan.samples.sum())
+    query_starts = np.zeros(len(plan.rows) + 1, np.int64)
+    np.cumsum(plan.chunk_lens, out=query_starts[1:])
+    seq_index = np.repeat(np.arange(len(plan.rows)), plan.chunk_lens)
+    seq_lens = plan.starts + plan.chunk_lens
+    # A step without samples still has a last layer: its last token goes all the way.
+    last_seqs = np.flatnonzero(plan.samples) if num_samples else np.array([len(plan.rows) - 1])
+    sent = _send(
+        {
+            "seq_rows": plan.rows,
+            "token_rows": plan.rows[seq_index],
+            "positions": np.arange(num_tokens) - (query_starts[:-1] - plan.starts)[seq_index],
+            "token_ids": plan.token_ids,
+            "query_starts": query_starts,
+            "seq_lens": seq_lens,
+            "sample_rows": plan.rows[plan.samples],
+            "last_seqs": last_seqs,
+            "last_tokens": query_starts[1:][last_seqs] - 1,
+        },
+        rows.block_tables.device,
+    )
+    batch = _batch(plan, sent, rows.block_tables, block_size)
+    last_batch = None
+    sample_indices: torch.Tensor | slice = sent["last_tokens"][:num_samples]
+    if not want_all and len(last_seqs) < num_tokens:
+        last_batch = last_layer_batch(
+            batch.slot_mapping,
+            sent["last_tokens"],
+            batch.seq_lens[sent["last_seqs"]],
+            batch.block_tables[sent["last_seqs"]],
+            seq_lens[last_seqs].tolist(),
+        )
+        sample_indices = slice(num_samples)
+    decode_ids = rows.last_token_ids[sent["seq_rows"][: plan.num_decodes]]
+    return StepInputs(
+        token_ids=torch.cat([decode_ids, sent["token_ids"]]),
+        positions=sent["positions"],
+        batch=batch,
+        last_batch=last_batch,
+        sample_indices=sample_indices,
+        sample_rows=sent["sample_rows"],
+        seq_rows=sent["seq_rows"],
+        seq_lens=sent["seq_lens"],
+    )
+
+
+def _send(
+    arrays: Mapping[str, npt.NDArray[np.integer]], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """As int64 tensors, in one copy."""
+    packed = np.concatenate([*arrays.values()]).astype(np.int64, copy=False)
+    parts = torch.split(to_device(packed, device), [len(array) for array in arrays.values()])
+    return dict(zip(arrays, parts, strict=True))
+
+
+def _batch(
+    plan: StepPlan, sent: Mapping[str, torch.Tensor], block_tables: torch.Tensor, block_size: int
+) -> AttentionBatch:
+    num_decodes, num_keys = plan.num_decodes, count_gathered(plan)
+    positions, host_seq_lens = sent["positions"], plan.starts + plan.chunk_lens
+    max_seq_len = int(host_seq_lens.max())
     max_blocks = -(-max_seq_len // block_size)
-    blocks = rows.block_tables[token_rows, device_positions // block_size].to(torch.int64)
-    batch = AttentionBatch(
-        slot_mapping=blocks * block_size + device_positions % block_size,
-        query_starts=device_query_starts.to(torch.int32),
-        seq_lens=device_seq_lens.to(torch.int32),
-        block_tables=rows.block_tables[seq_rows, :max_blocks],
+    blocks = block_tables[sent["token_rows"], positions // block_size].to(torch.int64)
+    return AttentionBatch(
+        slot_mapping=blocks * block_size + positions % block_size,
+        query_starts=sent["query_starts"].to(torch.int32),
+        seq_lens=sent["seq_lens"].to(torch.int32),
+        block_tables=block_tables[sent["seq_rows"], :max_blocks],
         num_decodes=num_decodes,
         max_query_len=int(plan.chunk_lens.max()),
         max_seq_len=max_seq_len,
         query_lens=tuple(plan.chunk_lens.tolist()),
-        host_seq_lens=tuple(seq_lens.tolist()),
+        host_seq_lens=tuple(host_seq_lens.tolist()),
         is_fresh=is_fresh(plan),
-        key_starts=_starts(device_seq_lens[num_decodes:]) if num_keys else None,
+        key_starts=_starts(sent["seq_lens"][num_decodes:]) if num_keys else None,
         num_keys=num_keys,
-    )
-    decode_ids = rows.last_token_ids[seq_rows[:num_decodes]]
-    return StepInputs(
-        token_ids=torch.cat([decode_ids, host_token_ids]),
-        positions=device_positions,
-        batch=batch,
-        sample_indices=sample_indices,
-        sample_rows=sample_rows,
-        seq_rows=seq_rows,
-        seq_lens=device_seq_lens,
     )

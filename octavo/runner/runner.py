@@ -297,9 +297,13 @@ class ModelRunner:
         self._prefixes.update(plan)
 
     def _forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        batch: AttentionBatch,
+        last_batch: AttentionBatch | None = None,
     ) -> torch.Tensor:
-        context = ForwardContext(batch, self._kv, self._backend)
+        context = ForwardContext(batch, self._kv, self._backend, last_batch)
         hidden: torch.Tensor = self._model(token_ids, positions, context)
         return hidden
 
@@ -324,8 +328,10 @@ class ModelRunner:
 
     def _run(self, plan: StepPlan) -> PendingStep:
         """Any step, operation by operation."""
-        inputs = build_inputs(plan, self._rows, self._config.cache.block_size)
-        hidden = self._forward(inputs.token_ids, inputs.positions, inputs.batch)
+        want_all = self._prompt_logprobs.wants_any(plan.rows)
+        block_size = self._config.cache.block_size
+        inputs = build_inputs(plan, self._rows, block_size, want_all=want_all)
+        hidden = self._forward(inputs.token_ids, inputs.positions, inputs.batch, inputs.last_batch)
         self._rows.num_computed[inputs.seq_rows] = inputs.seq_lens
         prompt_results = self._prompt_logprobs.compute(plan, hidden, self._model.compute_logits)
         sampled = hidden[inputs.sample_indices]

@@ -63,3 +63,12 @@ def test_logits_agree_with_transformers(name, device, kernels_on):
         got = run.result(i).cpu()
         expected = reference.logits(sequence)[: len(got)]
         torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-4)
+
+    ends = PagedRun(model, sequences)
+    ends.backend = get_backend("triton")
+    got = [ends.ends((0, 20), (1, 7)), ends.ends((0, 1), (1, 22))]
+    ends.step((0, 1), (1, 1))  # the last layer's keys and values are there
+    got = [*(rows.cpu() for rows in got), torch.cat([ends.result(0), ends.result(1)]).cpu()]
+    for rows, places in zip(got, [(19, 6), (20, 28), (21, 29)], strict=True):
+        expected = [reference.logits(s)[at] for s, at in zip(sequences, places, strict=True)]
+        torch.testing.assert_close(rows, torch.stack(expected), atol=2e-4, rtol=2e-4)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from octavo.attention import AttentionBatch, AttentionSpec, KVLayer
+from octavo.runner.inputs import last_layer_batch
 
 
 @dataclass
@@ -79,6 +80,15 @@ class PagedCache:
             query_lens=query_lens,
             host_seq_lens=seq_lens,
         )
+
+    def ends(self, batch: AttentionBatch, seqs: Sequence[int]) -> AttentionBatch:
+        """What a last layer sees of which only the last tokens of these sequences of the step are
+        asked for.
+        """
+        index = torch.tensor(seqs, device=self.device)
+        queries = batch.query_starts[1:][index].long() - 1
+        seq_lens, tables = batch.seq_lens[index], batch.block_tables[index]
+        return last_layer_batch(batch.slot_mapping, queries, seq_lens, tables, seq_lens.tolist())
 
     def positions(self, chunks: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Of the tokens of the step that was just built from these chunks."""

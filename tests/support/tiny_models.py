@@ -88,6 +88,15 @@ class PagedRun:
         self.logits: list[list[torch.Tensor]] = [[] for _ in sequences]
 
     def step(self, *chunks: tuple[int, int]) -> None:
+        logits = self._run(chunks, only_ends=False).split([n for _, n in chunks])
+        for (seq, _), rows in zip(chunks, logits, strict=True):
+            self.logits[seq].append(rows)
+
+    def ends(self, *chunks: tuple[int, int]) -> torch.Tensor:
+        """Step, but of the last layer only for the chunks' last tokens: [n, vocab_size]."""
+        return self._run(chunks, only_ends=True)
+
+    def _run(self, chunks: Sequence[tuple[int, int]], *, only_ends: bool) -> torch.Tensor:
         batch = self.cache.step(chunks)
         positions = self.cache.positions(chunks)
         token_ids = [
@@ -95,12 +104,10 @@ class PagedRun:
             for seq, n in chunks
             for token in self.sequences[seq][self.cache.lens[seq] - n : self.cache.lens[seq]]
         ]
-        context = ForwardContext(batch, self.cache.kv, self.backend)
+        last_batch = self.cache.ends(batch, range(len(chunks))) if only_ends else None
+        context = ForwardContext(batch, self.cache.kv, self.backend, last_batch)
         input_ids = torch.tensor(token_ids, device=self.device)
-        hidden = self.model(input_ids, positions.to(self.device), context)
-        logits = self.model.compute_logits(hidden).split([n for _, n in chunks])
-        for (seq, _), rows in zip(chunks, logits, strict=True):
-            self.logits[seq].append(rows)
+        return self.model.compute_logits(self.model(input_ids, positions.to(self.device), context))
 
     def result(self, seq: int) -> torch.Tensor:
         return torch.cat(self.logits[seq])

@@ -61,6 +61,7 @@ class Batch(ctypes.Structure):
         ("num_tokens", c_int64),
         ("num_seqs", c_int32),
         ("block_size", c_int32),
+        ("queries", c_void_p),
     )
 
 
@@ -106,7 +107,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         None,
         (
             *(POINTER(Layer), c_int32, c_void_p, c_void_p),
-            *(POINTER(c_void_p), POINTER(c_void_p), c_int32, POINTER(Batch)),
+            *(POINTER(c_void_p), POINTER(c_void_p), c_int32, POINTER(Batch), POINTER(Batch)),
             *(c_void_p, c_void_p, c_int64, c_void_p),
         ),
     ),

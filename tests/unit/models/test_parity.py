@@ -169,6 +169,14 @@ def test_logits_agree_with_transformers(case):
     assert_close(together.result(0), expected[0])
     assert_close(together.result(1), expected[1])
 
+    ends = PagedRun(model, sequences, seed=4)
+    assert_close(ends.ends((0, case.prompt_len - 4)), expected[0][case.prompt_len - 5][None])
+    got = ends.ends((0, 1), (1, 11))
+    assert_close(got, torch.stack([expected[0][case.prompt_len - 4], expected[1][10]]))
+    ends.step((0, 1), (1, 6))  # the last layer's keys and values are there
+    assert_close(ends.result(0), expected[0][case.prompt_len - 3][None])
+    assert_close(ends.result(1), expected[1][11:17])
+
 
 def old_style(config: dict[str, Any]) -> dict[str, Any]:
     """As transformers 4 wrote it: no rope_parameters, no layer_types."""

@@ -62,11 +62,12 @@ class Run:
         self.model, self.backend = model, get_backend("native")
         self.cache = PagedCache(model.attention_specs, 64, 16)
 
-    def step(self, *chunks):
+    def step(self, *chunks, ends_of=None):
         batch, positions = self.cache.step(chunks), self.cache.positions(chunks)
         starts = {seq: self.cache.lens[seq] - n for seq, n in chunks}
         ids = [(7 * seq + 3 * (starts[seq] + i)) % 11 for seq, n in chunks for i in range(n)]
-        context = ForwardContext(batch, self.cache.kv, self.backend)
+        last = None if ends_of is None else self.cache.ends(batch, ends_of)
+        context = ForwardContext(batch, self.cache.kv, self.backend, last)
         with ops.in_charge():
             hidden = self.model(torch.tensor(ids), positions, context)
             return self.model.compute_logits(hidden)
@@ -126,6 +127,26 @@ def test_a_token_has_the_same_bits_in_any_batch_and_any_chunk(tmp_path, stacked)
     alone = Run(build(path, quantized=True, stacked=stacked))
     pieces = [alone.step((1, n)) for n in (1, 20, 2, 27, 1)]
     assert torch.equal(torch.cat(pieces), torch.cat([first[37:87], second[:1]]))
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_last_layer_of_few_tokens_has_the_same_bits(tmp_path, arch, stacked):
+    if stacked and arch == "gemma2":
+        pytest.skip("not stacked")
+    path = tmp_path / "m.gguf"
+    write_gguf(path, arch, qtype="Q4_1")
+    library.set_threads(2)
+    whole, few = (Run(build(path, quantized=True, stacked=stacked)) for _ in range(2))
+    expected = whole.step((0, 1), (1, 50), (2, 3), (3, 9))
+    got = few.step((0, 1), (1, 50), (2, 3), (3, 9), ends_of=[0, 1, 3])
+    assert torch.equal(got, expected[[0, 50, 62]])
+    expected = whole.step((0, 1), (2, 40))
+    got = few.step((0, 1), (2, 40), ends_of=[1])
+    assert torch.equal(got, expected[[40]])
+    # Whoever was not asked for has left its keys and values.
+    assert torch.equal(few.step((3, 1), (2, 2), (0, 1)), whole.step((3, 1), (2, 2), (0, 1)))
+    library.set_threads(1)
 
 
 def test_formats_of_one_matrix_may_differ(tmp_path):

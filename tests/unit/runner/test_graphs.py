@@ -41,8 +41,22 @@ class FakeCapturer:
         return graph, graph.result
 
 
-def forward(ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-    """[num_tokens, 4]: what a token could see, hashed; -1 where attention would be undefined."""
+def context_of(batch: AttentionBatch, seq: int) -> int:
+    """What a sequence's tokens could see, hashed."""
+    seq_len = int(batch.seq_lens[seq])
+    blocks = batch.block_tables[seq, : -(-seq_len // BLOCK)].to(torch.int64)
+    return int((blocks * torch.arange(1, len(blocks) + 1)).sum()) + 7919 * seq_len
+
+
+def forward(
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    batch: AttentionBatch,
+    last: AttentionBatch | None = None,
+) -> torch.Tensor:
+    """[num_queries, 4]: what a token could see in the last layer, and what it is and where it went;
+    -1 where attention would be undefined.
+    """
     hidden = torch.full((len(ids), 4), -1, dtype=torch.int64)
     starts, lens = batch.query_starts.tolist(), batch.seq_lens.tolist()
     for i, seq_len in enumerate(lens):
@@ -50,13 +64,18 @@ def forward(ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch) -
             tokens = range(i, i + 1) if seq_len else range(0)
         else:
             tokens = range(starts[i], starts[i + 1])
-        blocks = batch.block_tables[i, : -(-seq_len // BLOCK)].to(torch.int64)
-        context = int((blocks * torch.arange(1, len(blocks) + 1)).sum())
         for token in tokens:
             hidden[token, 0] = ids[token]
             hidden[token, 1] = positions[token]
-            hidden[token, 2] = context + 7919 * seq_len
+            hidden[token, 2] = context_of(batch, i)
             hidden[token, 3] = batch.slot_mapping[token]
+    if last is None:
+        return hidden
+    assert last.num_decodes == len(last.query_lens) == len(last.seq_lens)
+    assert last.slot_mapping is batch.slot_mapping
+    hidden = last.pick(hidden)
+    for i in range(len(hidden)):
+        hidden[i, 2] = context_of(last, i)
     return hidden
 
 
@@ -96,9 +115,12 @@ def plans(draw: st.DrawFn) -> StepPlan:
 @given(plans(), st.integers(0, 5))
 def test_steps_with_chunks(plan: StepPlan, seed: int) -> None:
     plain, state = device_rows(seed), device_rows(seed)
-    inputs = build_inputs(plan, plain, BLOCK)
-    hidden = forward(inputs.token_ids, inputs.positions, inputs.batch)
-    expected = hidden[inputs.sample_indices]
+    inputs = build_inputs(plan, plain, BLOCK, want_all=True)
+    assert inputs.last_batch is None
+    expected = forward(inputs.token_ids, inputs.positions, inputs.batch)[inputs.sample_indices]
+    fewer = build_inputs(plan, plain, BLOCK)
+    hidden = forward(fewer.token_ids, fewer.positions, fewer.batch, fewer.last_batch)
+    assert hidden[fewer.sample_indices].tolist() == expected.tolist()
     plain.num_computed[inputs.seq_rows] = inputs.seq_lens
     graphs = ChunkGraphs(MODEL, FakeCapturer(), state, BLOCK, 96, MAX_LEN)
     step = graphs.try_replay(plan, greedy=False)
@@ -138,9 +160,14 @@ def test_decode_steps(rows: list[int], is_shared: bool) -> None:
     prefix = CommonPrefix(rows[0], 2 * BLOCK, members) if is_shared else None
     seen: list[AttentionBatch] = []
 
-    def watched(ids: torch.Tensor, positions: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+    def watched(
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        batch: AttentionBatch,
+        last: AttentionBatch | None,
+    ) -> torch.Tensor:
         seen.append(batch)
-        return forward(ids, positions, batch)
+        return forward(ids, positions, batch, last)
 
     graphs = DecodeGraphs(
         StepModel(watched, MODEL.pick_greedily), FakeCapturer(), state, BLOCK, MAX_LEN

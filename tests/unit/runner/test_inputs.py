@@ -65,7 +65,12 @@ def test_inputs_are_those_of_a_plain_loop(plan: StepPlan, seed: int) -> None:
             sample_rows.append(row)
     assert inputs.token_ids.tolist() == token_ids
     assert inputs.positions.tolist() == positions
-    assert inputs.sample_indices.tolist() == samples
+    last = inputs.last_batch
+    if last is None:
+        assert inputs.sample_indices.tolist() == samples
+    else:
+        assert inputs.sample_indices == slice(len(samples))
+        assert last.queries.tolist() == (samples or [len(token_ids) - 1])
     assert inputs.sample_rows.tolist() == sample_rows
     assert inputs.seq_rows.tolist() == plan.rows.tolist()
     assert inputs.seq_lens.tolist() == seq_lens

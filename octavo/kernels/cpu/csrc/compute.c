@@ -357,9 +357,16 @@ static void norm_heads(void *context, int32_t chunk) {
         }
 }
 
+/* Move rows queries[i] to rows i, in place. */
+static void pick_rows(float *x, int64_t stride, int64_t size, const int64_t *queries, int64_t num) {
+    for (int64_t i = 0; i < num; i++)
+        memmove(x + i * stride, x + queries[i] * stride, (size_t)size * sizeof(float));
+}
+
 /* Run `num` layers. x, [num_tokens][size], goes in as the embeddings and comes out as what is still
- * to be added to residual, which goes in undefined. k[i], v[i]: caches of layer i. `work` holds
- * num_tokens times octavo_layer_floats. */
+ * to be added to residual, which goes in undefined. k[i], v[i]: caches of layer i. The last layer
+ * sees `last`, which may be b: x and residual come out with a row for each of its queries. `work`
+ * holds num_tokens times octavo_layer_floats. */
 EXPORT int64_t octavo_layer_floats(const layer *l) {
     return l->qkv.in_features + l->qkv.out_features + l->out.in_features +
            l->gate_up.out_features + l->down.in_features;
@@ -367,7 +374,8 @@ EXPORT int64_t octavo_layer_floats(const layer *l) {
 
 EXPORT void octavo_layers(const layer *layers, int32_t num, float *x, float *residual,
                           uint8_t *const *k, uint8_t *const *v, int32_t kv_type, const batch *b,
-                          const float *cos, const float *sin, int64_t rot_dim, float *work) {
+                          const batch *last, const float *cos, const float *sin, int64_t rot_dim,
+                          float *work) {
     pthread_mutex_lock(&one_caller);
     int64_t tokens = b->num_tokens, size = layers->qkv.in_features;
     for (int32_t i = 0; i < num; i++) {
@@ -395,7 +403,13 @@ EXPORT void octavo_layers(const layer *layers, int32_t num, float *x, float *res
                        .head_dim = l->head_dim, .window = l->window, .scale = l->scale,
                        .softcap = l->softcap, .kv_type = kv_type};
         const float *key = qkv + l->num_heads * head_dim, *value = key + l->num_kv_heads * head_dim;
-        attend_batch(&a, b, key, width, value, width);
+        const batch *seen = i == num - 1 ? last : b;
+        if (seen->queries) {
+            tokens = seen->num_seqs;
+            pick_rows(residual, size, size, seen->queries, tokens);
+            pick_rows(qkv, width, l->num_heads * head_dim, seen->queries, tokens);
+        }
+        attend_batch(&a, seen, key, width, value, width);
         multiply(&l->out, attended, tokens, l->out.in_features, l->out_bias, x);
         norm(x, size, residual, l->post_norm, normed, tokens, size, l->norm_eps, l->norm_adds_one);
         multiply(&l->gate_up, normed, tokens, size, l->gate_up_bias, gate_up);

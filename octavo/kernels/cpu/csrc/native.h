@@ -68,6 +68,8 @@ typedef struct {
     const int32_t *block_tables;
     int64_t table_stride, num_tokens;
     int32_t num_seqs, block_size;
+    const int64_t *queries; /* [num_seqs], ascending: the tokens that attend, one per sequence, where
+                               those are not all */
 } batch;
 
 /* Some queries of one sequence for one KV head, over keys of segments [first, last). */
