@@ -159,6 +159,7 @@ def _attend_packed(
         starts,
         batch.seq_lens[num_decodes:],
         _num_chunk_tokens(query, batch),
+        batch.max_query_len,
         spec.num_kv_heads,
         spec.scale,
     )

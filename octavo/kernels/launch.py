@@ -44,6 +44,12 @@ def copies_tiles(device: torch.device) -> bool:
     return _can_overlap(device)
 
 
+@functools.cache
+def has_warpgroups(device: torch.device) -> bool:
+    """Whether groups of four warps can share a matrix instruction: Hopper, and nothing since."""
+    return _can_overlap(device) and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def is_amd() -> bool:
     """Whether GPUs are AMD's, which have 64 KiB of shared memory per program, not 227."""
     return torch.version.hip is not None

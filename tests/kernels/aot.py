@@ -16,6 +16,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -51,6 +53,9 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, TensorDescriptor):
             kind = f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
+        elif isinstance(value, GluonDescriptor):
+            dtype = POINTERS[value.base.dtype][1:]
+            kind = f"tensordesc<{dtype}{list(value.block_shape)},{value.layout!r}>"
         elif isinstance(value, float):
             kind = "fp32"
         else:
@@ -63,7 +68,8 @@ def compile_instead(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kw
         return
     seen.add(key)
     start = time.perf_counter()
-    source = ASTSource(self, signature, constants, attributes)
+    language = GluonASTSource if self.is_gluon() else ASTSource
+    source = language(self, signature, constants, attributes)
     compiled = triton.compile(source, target=TARGETS[target_name], options=options)
     binary = compiled.asm["cubin" if target_name == "sm_90" else "hsaco"]
     shared = compiled.metadata.shared
@@ -139,6 +145,7 @@ def attention() -> None:
 
 
 def packed() -> None:
+    from octavo.kernels import packed_prefill_hopper
     from octavo.kernels.packed_prefill_triton import gather, packed_prefill
 
     starts = torch.zeros(3, dtype=torch.int32)
@@ -148,7 +155,9 @@ def packed() -> None:
         keys = gather(cache, cache, torch.zeros(2, 4, dtype=torch.int32), starts, 100)
         if target_name == "sm_90":  # elsewhere it is not launched
             where = keys, 0, 2 * head_dim, starts, starts, starts[1:]
-            packed_prefill(query, query, *where, 64, 2, 0.1)
+            packed_prefill(query, query, *where, 64, 64, 2, 0.1)
+            if head_dim == 128:
+                packed_prefill_hopper.packed_prefill(query, query, *where, 64, 2, 0.1)
 
 
 def gemv() -> None:

@@ -11,7 +11,7 @@ from support.paged import PagedCache
 pytest.importorskip("triton")
 
 from octavo.attention import AttentionSpec, TorchAttention, get_backend
-from octavo.kernels import launch
+from octavo.kernels import launch, packed_prefill_triton
 from octavo.kernels.qkv import HeadNorms, HeadTransform, split_and_rotate
 from octavo.kernels.rope import Rope
 
@@ -94,3 +94,42 @@ def test_keys_are_gathered_from_the_cache(name, device):
         return dataclasses.replace(batch, key_starts=starts, num_keys=int(starts[-1])), qkv
 
     compare(spec, cache, [(0, 1), (1, 66), (2, 5), (3, 31)], device, gathered)
+
+
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+    reason="for Hopper GPUs",
+)
+LARGE = {
+    "one": AttentionSpec(3, 3, 128, 0.09),
+    "four": AttentionSpec(16, 4, 128, 0.09),
+    "seven": AttentionSpec(14, 2, 128, 0.09),
+}
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("spec", LARGE.values(), ids=LARGE)
+@pytest.mark.parametrize("chunks", [[(1, 1030)], [(0, 1), (2, 7), (1, 1500), (3, 128), (4, 33)]])
+def test_long_chunks_on_hopper(spec, chunks, dtype, monkeypatch):
+    """Against the kernel for short chunks, for prompts with and without a context."""
+    width = spec.num_kv_heads * 128
+    query_lens = [n for _, n in chunks]
+    seq_lens = [n + 257 * (seq % 3) for seq, n in chunks]
+    rows, starts = (
+        torch.tensor([sum(lens[:i]) for i in range(len(lens) + 1)], dtype=torch.int32).cuda()
+        for lens in (seq_lens, query_lens)
+    )
+    num_tokens = sum(query_lens)
+    query = torch.randn(num_tokens, spec.num_heads, 128, device="cuda", dtype=dtype)
+    keys = torch.randn(sum(seq_lens), 2 * width, device="cuda", dtype=dtype)
+    lens = torch.tensor(seq_lens, dtype=torch.int32).cuda()
+    where = keys, 0, width, rows, starts, lens, num_tokens, max(query_lens)
+    out = {}
+    for minimum in (1, 1 << 30):
+        monkeypatch.setattr(packed_prefill_triton, "MIN_WARPGROUP_QUERIES", minimum)
+        out[minimum] = torch.full_like(query, float("nan"))
+        packed_prefill_triton.packed_prefill(
+            query, out[minimum], *where, spec.num_kv_heads, spec.scale
+        )
+    torch.testing.assert_close(*out.values(), atol=8e-3, rtol=8e-3)
