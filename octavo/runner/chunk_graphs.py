@@ -18,7 +18,7 @@ import torch
 from octavo.attention.base import AttentionBatch
 from octavo.runner.graphs import Capturer, GraphStep, StepModel, next_size
 from octavo.runner.inputs import is_fresh, last_layer_batch
-from octavo.runner.rows import DeviceRows, to_device
+from octavo.runner.rows import to_device
 from octavo.sched.plan import StepPlan
 
 
@@ -85,23 +85,13 @@ class ChunkGraphs:
     block 0, and nothing reads either. Padding sequences are empty.
     """
 
-    def __init__(
-        self,
-        model: StepModel,
-        capturer: Capturer,
-        rows: DeviceRows,
-        block_size: int,
-        max_tokens: int,
-        max_seq_len: int,
-    ) -> None:
+    def __init__(self, model: StepModel, capturer: Capturer, max_tokens: int) -> None:
         self._model = model
         self._capturer = capturer
-        self._rows = rows
-        self._block_size = block_size
-        self._max_seq_len = max_seq_len
+        self._rows = model.rows
         self.token_ladder = token_ladder(max_tokens)
-        self.decode_ladder = decode_ladder(rows.scratch)
-        self.chunk_ladder = chunk_ladder(rows.scratch)
+        self.decode_ladder = decode_ladder(model.rows.scratch)
+        self.chunk_ladder = chunk_ladder(model.rows.scratch)
         self._captured: dict[tuple[StepSize, bool], _Chunks] = {}
 
     @property
@@ -174,22 +164,22 @@ class ChunkGraphs:
         )
 
     def _step(self, packed: torch.Tensor, size: StepSize, *, greedy: bool) -> torch.Tensor:
-        state = self._rows
+        model, state, block_size = self._model, self._rows, self._model.block_size
         token_rows, positions, ids, starts, seq_lens, seq_rows, *sampled = torch.split(
             packed, size.layout
         )
         sample_tokens, sample_lens, sample_rows = sampled
-        blocks = state.block_tables[token_rows, positions // self._block_size].to(torch.int64)
+        blocks = state.block_tables[token_rows, positions // block_size].to(torch.int64)
         batch = AttentionBatch(
-            slot_mapping=blocks * self._block_size + positions % self._block_size,
+            slot_mapping=blocks * block_size + positions % block_size,
             query_starts=starts.to(torch.int32),
             seq_lens=seq_lens.to(torch.int32),
             block_tables=state.block_tables[seq_rows],
             num_decodes=size.num_decodes,
             max_query_len=size.num_tokens,
-            max_seq_len=self._max_seq_len,
+            max_seq_len=model.max_seq_len,
             query_lens=(0,) * size.num_decodes + (size.num_tokens,) * size.num_chunks,
-            host_seq_lens=(self._max_seq_len,) * size.num_seqs,
+            host_seq_lens=(model.max_seq_len,) * size.num_seqs,
             is_fresh=size.is_fresh,
         )
         last_batch = last_layer_batch(
@@ -197,12 +187,12 @@ class ChunkGraphs:
             sample_tokens,
             sample_lens.to(torch.int32),
             state.block_tables[sample_rows],
-            (self._max_seq_len,) * size.num_samples,
+            (model.max_seq_len,) * size.num_samples,
         )
         token_ids = torch.where(ids < 0, state.last_token_ids[token_rows], ids)
-        hidden = self._model.forward(token_ids, positions, batch, last_batch)
+        hidden = model.forward(token_ids, positions, batch, last_batch)
         state.num_computed[seq_rows] = seq_lens
-        return self._model.finish(hidden, sample_rows, state, greedy=greedy)
+        return model.finish(hidden, sample_rows, greedy=greedy)
 
 
 def _padded(values: npt.NDArray[Any], length: int, fill: int) -> npt.NDArray[np.int64]:

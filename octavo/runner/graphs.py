@@ -77,19 +77,22 @@ class Capturer:
 
 @dataclass(frozen=True, slots=True)
 class StepModel:
-    """What is captured: the model, and the choice of tokens."""
+    """What is captured: the model, the choice of tokens, and the rows that both work on."""
 
     forward: Forward
     pick_greedily: PickGreedily
+    rows: DeviceRows
+    block_size: int
+    max_seq_len: int
 
     def finish(
-        self, hidden: torch.Tensor, sample_rows: torch.Tensor, rows: DeviceRows, *, greedy: bool
+        self, hidden: torch.Tensor, sample_rows: torch.Tensor, *, greedy: bool
     ) -> torch.Tensor:
         """Tokens, also written to their rows; or the hidden states."""
         if not greedy:
             return hidden
         token_ids = self.pick_greedily(hidden)
-        rows.last_token_ids[sample_rows] = token_ids
+        self.rows.last_token_ids[sample_rows] = token_ids
         return token_ids
 
 
@@ -104,20 +107,11 @@ class _Decode:
 class DecodeGraphs:
     """One graph per number of rows and variant, captured when first needed or ahead of need."""
 
-    def __init__(
-        self,
-        model: StepModel,
-        capturer: Capturer,
-        rows: DeviceRows,
-        block_size: int,
-        max_seq_len: int,
-    ) -> None:
+    def __init__(self, model: StepModel, capturer: Capturer) -> None:
         self._model = model
         self._capturer = capturer
-        self._rows = rows
-        self._block_size = block_size
-        self._max_seq_len = max_seq_len
-        self.ladder = batch_ladder(rows.scratch)
+        self._rows = model.rows
+        self.ladder = batch_ladder(model.rows.scratch)
         self._captured: dict[tuple[int, bool, bool], _Decode] = {}
 
     def is_captured(self, size: int) -> bool:
@@ -172,25 +166,26 @@ class DecodeGraphs:
 
     def _step(self, packed: torch.Tensor, size: int, *, greedy: bool) -> torch.Tensor:
         """What is captured. Padding rows write to block 0 and stay at position 0."""
-        state, rows = self._rows, packed[:size]
+        model, state, rows = self._model, self._rows, packed[:size]
+        block_size = model.block_size
         positions = state.num_computed[rows]
         block_tables = state.block_tables[rows]
-        blocks = block_tables.gather(1, (positions // self._block_size)[:, None])[:, 0]
+        blocks = block_tables.gather(1, (positions // block_size)[:, None])[:, 0]
         batch = AttentionBatch(
-            slot_mapping=blocks.to(torch.int64) * self._block_size + positions % self._block_size,
+            slot_mapping=blocks.to(torch.int64) * block_size + positions % block_size,
             query_starts=torch.arange(size + 1, dtype=torch.int32, device=state.device),
             seq_lens=(positions + 1).to(torch.int32),
             block_tables=block_tables,
             num_decodes=size,
             max_query_len=1,
-            max_seq_len=self._max_seq_len,
+            max_seq_len=model.max_seq_len,
             query_lens=(1,) * size,
-            host_seq_lens=(self._max_seq_len,) * size,
+            host_seq_lens=(model.max_seq_len,) * size,
             shared=self._shared(packed[size:]) if len(packed) > size else None,
         )
-        hidden = self._model.forward(state.last_token_ids[rows], positions, batch, None)
+        hidden = model.forward(state.last_token_ids[rows], positions, batch, None)
         state.num_computed[rows] = positions + (rows != state.scratch)
-        return self._model.finish(hidden, rows, state, greedy=greedy)
+        return model.finish(hidden, rows, greedy=greedy)
 
     def _shared(self, packed: torch.Tensor) -> SharedPrefix:
         narrow = packed.to(torch.int32)

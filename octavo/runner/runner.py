@@ -227,16 +227,18 @@ class ModelRunner:
         self.report.memory_bytes["graphs"] = self._platform.memory_used_bytes() - used
 
     def _new_graphs(self) -> tuple[DecodeGraphs, ChunkGraphs]:
-        runner, block_size = self._config.runner, self._config.cache.block_size
-        model, capturer = StepModel(self._forward, self._pick_greedily), Capturer(self._device)
+        runner, capturer = self._config.runner, Capturer(self._device)
+        model = StepModel(
+            self._forward,
+            self._pick_greedily,
+            self._rows,
+            self._config.cache.block_size,
+            runner.max_model_len,
+        )
         widest = max(parameter.shape[0] for parameter in self._layer_parameters())
         most_tokens = _CHUNK_GRAPH_BYTES // (widest * self._dtype.itemsize)
         max_tokens = min(runner.max_num_batched_tokens, most_tokens)
-        decodes = DecodeGraphs(model, capturer, self._rows, block_size, runner.max_model_len)
-        chunks = ChunkGraphs(
-            model, capturer, self._rows, block_size, max_tokens, runner.max_model_len
-        )
-        return decodes, chunks
+        return DecodeGraphs(model, capturer), ChunkGraphs(model, capturer, max_tokens)
 
     def _layer_parameters(self) -> Iterator[torch.nn.Parameter]:
         """Weights of the layers; embedding and head see few tokens or copy them."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from octavo.attention.base import AttentionBatch
 from octavo.runner.chunk_graphs import ChunkGraphs
-from octavo.runner.graphs import DecodeGraphs, StepModel
+from octavo.runner.graphs import DecodeGraphs, Forward, StepModel
 from octavo.runner.inputs import build_inputs
 from octavo.runner.prefixes import CommonPrefix
 from octavo.runner.rows import DeviceRows
@@ -79,7 +79,12 @@ def forward(
     return hidden
 
 
-MODEL = StepModel(forward, lambda hidden: (hidden.sum(dim=1) * 31) % 97)
+def pick(hidden: torch.Tensor) -> torch.Tensor:
+    return (hidden.sum(dim=1) * 31) % 97
+
+
+def model_of(rows: DeviceRows, run: Forward = forward) -> StepModel:
+    return StepModel(run, pick, rows, BLOCK, MAX_LEN)
 
 
 def device_rows(seed: int) -> DeviceRows:
@@ -122,7 +127,7 @@ def test_steps_with_chunks(plan: StepPlan, seed: int) -> None:
     hidden = forward(fewer.token_ids, fewer.positions, fewer.batch, fewer.last_batch)
     assert hidden[fewer.sample_indices].tolist() == expected.tolist()
     plain.num_computed[inputs.seq_rows] = inputs.seq_lens
-    graphs = ChunkGraphs(MODEL, FakeCapturer(), state, BLOCK, 96, MAX_LEN)
+    graphs = ChunkGraphs(model_of(state), FakeCapturer(), 96)
     step = graphs.try_replay(plan, greedy=False)
     assert step is not None
     assert step.hidden is not None
@@ -130,14 +135,14 @@ def test_steps_with_chunks(plan: StepPlan, seed: int) -> None:
     step = graphs.try_replay(plan, greedy=True)
     assert step is not None
     assert step.token_ids is not None
-    assert step.token_ids.tolist() == MODEL.pick_greedily(expected).tolist()
+    assert step.token_ids.tolist() == pick(expected).tolist()
     assert state.num_computed[:NUM_ROWS].tolist() == plain.num_computed[:NUM_ROWS].tolist()
     plain.last_token_ids[inputs.sample_rows] = step.token_ids
     assert state.last_token_ids[:NUM_ROWS].tolist() == plain.last_token_ids[:NUM_ROWS].tolist()
 
 
 def test_a_step_too_large_for_any_graph() -> None:
-    graphs = ChunkGraphs(MODEL, FakeCapturer(), device_rows(0), BLOCK, 16, MAX_LEN)
+    graphs = ChunkGraphs(model_of(device_rows(0)), FakeCapturer(), 16)
     plan = StepPlan(
         step=0,
         rows=np.array([1], np.int32),
@@ -169,9 +174,7 @@ def test_decode_steps(rows: list[int], is_shared: bool) -> None:
         seen.append(batch)
         return forward(ids, positions, batch, last)
 
-    graphs = DecodeGraphs(
-        StepModel(watched, MODEL.pick_greedily), FakeCapturer(), state, BLOCK, MAX_LEN
-    )
+    graphs = DecodeGraphs(model_of(state, watched), FakeCapturer())
     for moved in range(2):
         step = graphs.replay(wanted, greedy=False, prefix=prefix)
         assert step.hidden is not None
