@@ -54,6 +54,11 @@ def models_folder() -> Path:
     return env.home() / "models"
 
 
+def packed_folder() -> Path:
+    """Where packed weights wait for the next start; not created here."""
+    return env.home() / "packed"
+
+
 def installed() -> list[InstalledModel]:
     """Models that can be used without a download: converted built-in ones, and those in the hub
     cache that have a config.json.

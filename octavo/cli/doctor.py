@@ -10,7 +10,7 @@ import sys
 
 import octavo
 from octavo import env
-from octavo.checkpoint.catalogue import BUILTIN_MODELS, installed
+from octavo.checkpoint.catalogue import BUILTIN_MODELS, installed, packed_folder
 from octavo.config import DeviceInfo
 
 _PACKAGES = {
@@ -102,6 +102,10 @@ def _show_environment() -> None:
         shown = value if env.get(variable.name) else "not set"
         print(f"  {variable.name:18} {shown:24} {variable.meaning}")
     print(f"  caches are in {env.home()}")
+    sizes = [path.stat().st_size for path in packed_folder().glob("*.packed")]
+    print(
+        f"  packed weights of {len(sizes)} models, {sum(sizes) / 1e9:.1f} GB, in {packed_folder()}"
+    )
 
 
 def _show_models() -> None:

@@ -32,6 +32,11 @@ class EngineArgs:
         "(auto: on a CPU with the native kernels, unless dtype is given)",
         ("auto", "none", "int8"),
     )
+    packed_cache_bytes: int = option(
+        20 << 30,
+        "most bytes on disk, in all, of quantised weights as a CPU needs them, which make the next "
+        "start faster (default: 20G; 0: none)",
+    )
     max_model_len: int | None = option(
         None, "context length, tokens (default: the model's, as far as memory allows)"
     )

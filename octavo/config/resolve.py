@@ -35,7 +35,9 @@ _POSITIVE = (  # None, where allowed, means "decide for me"
     "kv_cache_memory_bytes",
     "num_gpu_blocks_override",
 )
-_NOT_NEGATIVE = ("num_threads", "long_prefill_token_threshold", "priority_ageing_s")
+_NOT_NEGATIVE = (
+    *("num_threads", "packed_cache_bytes", "long_prefill_token_threshold", "priority_ageing_s"),
+)
 
 
 class CheckpointFacts(Protocol):
@@ -148,6 +150,7 @@ def _model_config(
         architecture=str(architectures[0]),
         dtype=dtype,
         quantization=quantization,
+        packed_cache_bytes=args.packed_cache_bytes,
         max_model_len=max_model_len,
         vocab_size=_config_int(hf, "vocab_size"),
         eos_token_ids=_eos_token_ids(checkpoint.generation_config, hf),

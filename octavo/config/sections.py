@@ -44,6 +44,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     seed: int
     quantization: Quantization = "none"
+    packed_cache_bytes: int = 0  # of packed weights on disk, of all models; 0: none are kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

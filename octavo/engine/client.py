@@ -275,9 +275,9 @@ async def _first_message(channel: Channel, limit_s: float, silence_s: float) -> 
     heard_s = begun_s = time.monotonic()
     try:
         while True:
-            await asyncio.wait((receiving,), timeout=min(_START_PING_S, silence_s / 2))
+            done, _ = await asyncio.wait((receiving,), timeout=min(_START_PING_S, silence_s / 2))
             now_s = time.monotonic()
-            if receiving.done():
+            if done:
                 if not isinstance(message := receiving.result(), Pong):
                     return message
                 heard_s = now_s
@@ -288,7 +288,8 @@ async def _first_message(channel: Channel, limit_s: float, silence_s: float) -> 
                 raise EngineDeadError(
                     f"The engine process has not answered for {silence_s:g} s of its start."
                 )
-            channel.send(Ping())
+            if not done:  # an answer is no reason to ask again at once
+                channel.send(Ping())
     finally:
         receiving.cancel()
         await asyncio.wait((receiving,))

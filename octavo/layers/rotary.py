@@ -101,7 +101,7 @@ class RotaryEmbedding(nn.Module):
         positions = torch.arange(max_model_len, dtype=torch.float32, device="cpu")
         angles = positions[:, None] * inv_freq
         table = torch.cat((angles.cos() * factor, angles.sin() * factor), dim=-1)
-        if not table.isfinite().all():
+        if not table[-1].isfinite().all():  # of the widest angles
             raise UnsupportedModelError(
                 f"The parameters of rotary scaling {rope.rope_type!r} give no finite angles."
             )

@@ -101,7 +101,8 @@ class CpuPlatform:
             line.split(maxsplit=1)
             for line in self._cgroup_text("memory", "memory.stat").splitlines()
         )
-        cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+        lists = ("inactive_file", "active_file")
+        cached = sum(int(stat.get(f"total_{name}", stat.get(name, 0))) for name in lists)
         return max(min(free, limit - used + cached), 0)
 
     def _memory_limit_bytes(self) -> int | None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from octavo.errors import WeightsError
 from octavo.kernels.cpu import ops
 from octavo.weights.blocks import Blocks
+from octavo.weights.packed import Packed
 from octavo.weights.slots import WeightSlot
 
 
@@ -57,6 +59,26 @@ class Int8Method:
             load_blocks(to_blocks(tensor))
 
         return {f"{name}.weight": WeightSlot((length, parts.in_features), load, load_blocks)}
+
+    def packed(self, layer: nn.Module) -> Packed:
+        """The matrix of a layer that has been loaded."""
+        matrix: ops.PackedMatrix = layer.matrix  # type: ignore[assignment]
+        return Packed(matrix.kind, matrix.shape, matrix.packed)
+
+    def load_packed(self, layer: nn.Module, packed: Packed) -> None:
+        """Give a layer what `packed` was; it is used where it lies, and never written to.
+
+        Raises:
+            WeightsError: it is not of this layer's shape.
+        """
+        parts: _Parts = layer.parts  # type: ignore[assignment]
+        shape = (parts.out_features, parts.in_features)
+        if packed.kind not in ops.KINDS or packed.shape != shape:
+            raise WeightsError(f"{packed.kind} {packed.shape} is no packed matrix {shape}.")
+        try:
+            layer.matrix = ops.PackedMatrix(packed.kind, *shape, packed.data)  # type: ignore[assignment]
+        except ValueError as error:
+            raise WeightsError(f"{error}.") from error
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         matrix: ops.PackedMatrix = layer.matrix  # type: ignore[assignment]

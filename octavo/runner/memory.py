@@ -24,13 +24,14 @@ def kv_budget_bytes(config: CacheConfig, platform: Platform, reserve_bytes: int)
     """Bytes for the KV cache, as asked for or as left over.
 
     Args:
-        reserve_bytes: what will be needed besides: activations of the largest step, graphs.
+        reserve_bytes: what will be needed besides: activations of the largest step, graphs, on a
+            CPU weights that are mapped.
     """
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     free = platform.memory_free_bytes()
     if platform.torch_device.type == "cpu":
-        return min(_CPU_KV_BYTES, int(free * _CPU_KV_SHARE))
+        return min(_CPU_KV_BYTES, int((free - reserve_bytes) * _CPU_KV_SHARE))
     total = platform.info().total_memory_bytes
     return free - reserve_bytes - int(total * (1.0 - config.gpu_memory_utilization))
 

@@ -21,6 +21,7 @@ from octavo.kernels import launch
 from octavo.kernels.argmax import argmax
 from octavo.kernels.cpu import library
 from octavo.kernels.cpu.ops import in_charge
+from octavo.log import get_logger
 from octavo.models import create_model
 from octavo.platforms import Platform
 from octavo.quant import quantize, stack_layers
@@ -35,6 +36,8 @@ from octavo.runner.rows import DeviceRows, to_device, to_host
 from octavo.runner.sampler import SampledLogprobs, Sampler
 from octavo.sched.plan import StepPlan, StepResult
 from octavo.weights.loader import load_weights
+
+logger = get_logger(__name__)
 
 # Captured before the first request; the other sizes follow while the engine is idle or on demand.
 _FIRST_DECODES = (1, 4)  # rows
@@ -117,6 +120,9 @@ class ModelRunner:
             with self.report.phase("graphs"):
                 self._make_graphs()
         self.report.memory_bytes["free"] = platform.memory_free_bytes()
+        logger.info("load %.1f s (%s)", self.report.seconds["load"], self._loaded.source)
+        if self._loaded.keeper is not None:
+            self._loaded.keeper.start()
 
     # -- start-up
 
@@ -126,14 +132,15 @@ class ModelRunner:
         with torch.device(self._device), _default_dtype(self._dtype):
             self._model = create_model(model.hf_config, model.max_model_len)
         self._model.eval().requires_grad_(False)
-        quantize(self._model, model.quantization)
-        load_weights(self._model, model, progress=progress)
+        packed_model = quantize(self._model, model.quantization)
+        self._loaded = load_weights(self._model, model, progress, packed_model)
         if self._is_native:
             stack_layers(self._model)
         self._backend = get_backend(self._config.runner.attention_backend)
         self._platform.synchronize()
         self._weights_end_bytes = self._platform.memory_used_bytes()
-        self.report.memory_bytes["weights"] = max(0, self._weights_end_bytes - used)
+        resident_bytes = max(0, self._weights_end_bytes - used)
+        self.report.memory_bytes["weights"] = max(resident_bytes, self._loaded.mapped_bytes)
 
     def _make_rows(self) -> None:
         runner = self._config.runner
@@ -174,7 +181,7 @@ class ModelRunner:
     def _warm_up(self) -> int:
         """Run the largest steps on a cache of one block; the bytes that they need."""
         if self._device.type == "cpu":
-            return 0
+            return self._loaded.mapped_bytes  # the system takes a file's pages for free memory
         runner = self._config.runner
         chunk_len = min(runner.max_num_batched_tokens, runner.max_model_len)
         num_rows = min(runner.max_num_seqs, runner.max_num_batched_tokens // chunk_len)
@@ -281,6 +288,8 @@ class ModelRunner:
 
     def close(self) -> None:
         """Free the device's memory. The runner cannot be used afterwards."""
+        if self._loaded.keeper is not None:
+            self._loaded.keeper.stop()
         self._decode_graphs = self._chunk_graphs = None
         self._kv = ()
         del self._model, self._rows, self._sampler, self._backend

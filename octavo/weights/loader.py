@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -15,10 +17,13 @@ from octavo.errors import WeightsError
 from octavo.weights.blocks import Blocks
 from octavo.weights.dummy import fill_dummy, fill_dummy_blocks
 from octavo.weights.gguf import iter_gguf
+from octavo.weights.packed import PackedModel
+from octavo.weights.packed_cache import Keeper, PackedCache
 from octavo.weights.safetensors import iter_safetensors
 from octavo.weights.slots import WeightSlot
 
 _MAX_NAMED = 8  # names in an error message
+_MIN_PACKING_S = 0.5  # what is packed faster than this is not worth a file
 
 # Where multimodal checkpoints keep their text part, and what it is called on its own.
 _TEXT_PREFIXES = (
@@ -41,8 +46,22 @@ class LoadableModel(Protocol):
     def weight_slots(self) -> dict[str, WeightSlot]: ...
 
 
-def load_weights(model: nn.Module, config: ModelConfig, progress: bool = True) -> None:
-    """Fill `model` in place.
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Where a model's weights have come from."""
+
+    source: str  # in words
+    mapped_bytes: int = 0  # of them, those that lie in a file and take memory as they are read
+    keeper: Keeper | None = None  # puts them where the next start finds them, once it is started
+
+
+def load_weights(
+    model: nn.Module,
+    config: ModelConfig,
+    progress: bool = True,
+    packed_model: PackedModel | None = None,
+) -> Loaded:
+    """Fill `model` in place; `packed_model` is the same one, if it packs its weights.
 
     Raises:
         WeightsError: the checkpoint does not fit the model; see `feed`.
@@ -52,7 +71,29 @@ def load_weights(model: nn.Module, config: ModelConfig, progress: bool = True) -
         fill_dummy(model, config.seed)
         if isinstance(model, LoadableModel):
             fill_dummy_blocks(model.weight_slots().values(), config.seed)
-        return
+        return Loaded("random weights")
+    if packed_model is not None and config.packed_cache_bytes:
+        return _load_packed(model, config, progress, packed_model)
+    _load_checkpoint(model, config, progress)
+    return Loaded(config.load_format)
+
+
+def _load_packed(
+    model: nn.Module, config: ModelConfig, progress: bool, packed_model: PackedModel
+) -> Loaded:
+    """From the cache, or else from the checkpoint for the cache."""
+    cache = PackedCache.of(config, packed_model.packing)
+    num_bytes = cache.try_load(packed_model)
+    if num_bytes is not None:
+        return Loaded(f"packed weights from cache {cache.path}", mapped_bytes=num_bytes)
+    start_s = time.monotonic()
+    _load_checkpoint(model, config, progress)
+    is_slow = time.monotonic() - start_s >= _MIN_PACKING_S
+    keeper = Keeper(cache, packed_model.packed()) if is_slow else None
+    return Loaded(config.load_format, keeper=keeper)
+
+
+def _load_checkpoint(model: nn.Module, config: ModelConfig, progress: bool) -> None:
     if not isinstance(model, LoadableModel):
         raise TypeError(f"{type(model).__name__} has no weight_slots() and ignored_weights")
     tensors: Iterator[tuple[str, torch.Tensor | Blocks]]

@@ -80,6 +80,8 @@ class Layer(ctypes.Structure):
 
 _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "octavo_use_isa": (c_char_p, (c_char_p,)),
+    "octavo_isa": (c_char_p, ()),
+    "octavo_packing_version": (c_int32, ()),
     "octavo_set_threads": (None, (c_int32,)),
     "octavo_get_threads": (c_int32, ()),
     "octavo_packed_bytes": (c_int64, (c_int32, c_int64, c_int64)),
@@ -144,17 +146,16 @@ def use_isa(name: str) -> bool:
     this CPU lacks it. Matrices packed before become unreadable: for tests and comparisons.
     """
     library = load()
-    if library is None or library.octavo_use_isa(name.encode()) is None:
-        return False
-    _chosen[0] = name.encode()
-    return True
+    return library is not None and library.octavo_use_isa(name.encode()) is not None
 
 
-_chosen = [b""]
-
-
-def _current() -> bytes:
-    return _chosen[0]
+def packing() -> str:
+    """Names the order and the rounding in which matrices are packed now: "avx512-1". Where two
+    processes agree in it, so do the bytes of their matrices.
+    """
+    library = load()
+    assert library is not None
+    return f"{library.octavo_isa().decode()}-{library.octavo_packing_version()}"
 
 
 def set_threads(num_threads: int) -> None:

@@ -66,16 +66,26 @@ class PackedMatrix:
     """A [out_features, in_features] matrix in 4 or 8 bits, in the order that the kernels read.
 
     The order depends on the CPU's instruction set. Made empty: `fill` every row.
+
+    With `packed`, the bytes of another such matrix, it is made of these, which are only read from
+    then on: they may be a mapped file. Raises ValueError if they are not as many as it needs.
     """
 
-    def __init__(self, kind: str, out_features: int, in_features: int) -> None:
+    def __init__(
+        self, kind: str, out_features: int, in_features: int, packed: torch.Tensor | None = None
+    ) -> None:
         assert _LIBRARY is not None
         num_bytes = _LIBRARY.octavo_packed_bytes(KINDS[kind], in_features, out_features)
+        if packed is None:
+            packed = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+            # The last panel may have rows that are nobody's.
+            packed[-_LIBRARY.octavo_packed_bytes(KINDS[kind], in_features, 1) :] = 0
+        elif packed.nbytes != num_bytes or not packed.is_contiguous():
+            shape = (out_features, in_features)
+            raise ValueError(f"{kind} {shape} takes {num_bytes} bytes, not {packed.nbytes}")
         self.kind = kind
         self.shape = (out_features, in_features)
-        self.packed = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
-        # The last panel may have rows that are nobody's.
-        self.packed[-_LIBRARY.octavo_packed_bytes(KINDS[kind], in_features, 1) :] = 0
+        self.packed = packed
         self.native = Matrix(
             self.packed.data_ptr(),
             KINDS[kind],

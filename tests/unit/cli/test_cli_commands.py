@@ -100,12 +100,16 @@ def test_pull_says_where_it_is(folder: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_doctor(empty_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (empty_home / "packed").mkdir(parents=True)
+    for name in ("a", "b"):
+        (empty_home / "packed" / f"{name}.packed").write_bytes(bytes(60_000_000))
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     for heading in ("Packages", "Devices", "Environment", "Models"):
         assert f"\n{heading}\n" in out
     assert "chosen by --device auto" in out
     assert f"caches are in {empty_home}" in out
+    assert f"packed weights of 2 models, 0.1 GB, in {empty_home / 'packed'}" in out
 
 
 def test_doctor_shows_no_secrets(

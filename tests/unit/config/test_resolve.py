@@ -68,6 +68,7 @@ def test_what_a_cpu_gets() -> None:
     assert config.runner.num_threads == 6
     assert config.runner.attention_backend == "torch"
     assert config.model.dtype == "float32"
+    assert config.model.packed_cache_bytes == 20 << 30
     assert config.model.max_model_len == 4096
     assert not config.cache.require_full_context
 
@@ -217,6 +218,7 @@ def test_dummy_weights_need_no_files() -> None:
             for value in (0, -1)
         ),
         ({"num_threads": -1}, "num_threads must be 0 or more"),
+        ({"packed_cache_bytes": -1}, "packed_cache_bytes must be 0 or more"),
         ({"priority_ageing_s": float("inf")}, "priority_ageing_s must be 0 or more"),
         ({"long_prefill_token_threshold": -1}, "long_prefill_token_threshold must be 0 or more"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -204,9 +205,11 @@ def test_a_slow_start_is_waited_for_as_long_as_it_answers(monkeypatch: pytest.Mo
         opening = Connection.open(peer, EngineArgs(), CHECKPOINT, silence_s=0.3)  # type: ignore[arg-type]
         connecting = asyncio.create_task(opening)
         assert isinstance(await peer.receive(), Configure)
+        begun_s = time.monotonic()
         for _ in range(10):
             assert await peer.receive() == Ping()
             peer.send(Pong())
+        assert time.monotonic() - begun_s > 0.3  # it asks every 0.05 s, however fast the answer
         with pytest.raises(EngineDeadError, match="has not answered"):
             await connecting
         assert peer.is_stopped

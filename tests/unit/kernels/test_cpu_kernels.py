@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,48 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     scale = groups.abs().amax(-1, keepdim=True) / 127
     steps = (groups * torch.where(scale > 0, 1 / scale, 0.0)).round()
     return (steps * scale).reshape(x.shape)
+
+
+# Digests of a packed matrix of each kind, by the vectors' lanes. Where one changes, so must
+# PACKING_VERSION of csrc/native.h: packed weights are kept on disk.
+PACKED = {
+    (4, "Q4_0"): "bf46bb42cf40103d",
+    (4, "Q4_1"): "3bb0323b6968b257",
+    (4, "Q8_0"): "146d64fdeac07ee3",
+    (8, "Q4_0"): "8f61b536672f9632",
+    (8, "Q4_1"): "c28942c34439360c",
+    (8, "Q8_0"): "2ad8e2e299fd73b2",
+    (16, "Q4_0"): "e594cc54b3d9089d",
+    (16, "Q4_1"): "6540a764db6faeb1",
+    (16, "Q8_0"): "276fd502bf4c272e",
+}
+LANES = {"generic": 4, "neon": 4, "avx2": 8, "avx512": 16}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_change_of_the_packed_bytes_needs_another_version(isa, kind):
+    numbers = torch.arange(37 * 96).reshape(37, 96)
+    if kind == "Q8_0":
+        blocks = ops.to_q8_0((numbers * 37 % 255 - 127) / 64)
+    else:
+        blocks = (numbers[:, : 3 * ops.BLOCK_BYTES[kind]] * 37 % 251).to(torch.uint8)
+    matrix = ops.PackedMatrix(kind, 37, 96)
+    matrix.fill(blocks)
+    digest = hashlib.sha256(matrix.packed.numpy()).hexdigest()[:16]
+    assert digest == PACKED[LANES[isa], kind]
+    assert library.packing() == f"{isa}-1"
+
+
+def test_a_matrix_of_bytes_that_are_there_already():
+    first = ops.PackedMatrix("Q8_0", 37, 96)
+    first.fill(ops.to_q8_0(torch.randn(37, 96)))
+    second = ops.PackedMatrix("Q8_0", 37, 96, first.packed.clone())
+    x = torch.randn(3, 96)
+    assert torch.equal(first.multiply(x), second.multiply(x))
+    with pytest.raises(ValueError, match="bytes"):
+        ops.PackedMatrix("Q8_0", 37, 96, first.packed[:-1])
+    with pytest.raises(ValueError, match="bytes"):
+        ops.PackedMatrix("Q4_0", 37, 96, first.packed)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -60,7 +60,7 @@ def test_cgroup_v2_limits(tmp_path, monkeypatch):
             "proc/self/cgroup": "0::/pod\n",
             "cgroup/pod/memory.max": str(8 * GIB),
             "cgroup/pod/memory.current": str(5 * GIB),
-            "cgroup/pod/memory.stat": f"anon 1\ninactive_file {GIB}\n",
+            "cgroup/pod/memory.stat": f"anon 1\ninactive_file {GIB // 2}\nactive_file {GIB // 2}\n",
             "cgroup/pod/cpu.max": "250000 100000\n",
         },
     ).info()

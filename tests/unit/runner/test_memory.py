@@ -65,6 +65,11 @@ def test_a_cpu_gives_half_of_what_is_free_and_4_gib_at_most() -> None:
     assert budget(FakePlatform("cpu", 60 * GIB, 64 * GIB)) == 4 * GIB
 
 
+def test_mapped_weights_count_although_the_system_calls_their_pages_free() -> None:
+    assert budget(FakePlatform("cpu", 3 * GIB, 64 * GIB), reserve=2 * GIB) == GIB // 2
+    assert budget(FakePlatform("cpu", 60 * GIB, 64 * GIB), reserve=2 * GIB) == 4 * GIB
+
+
 def test_a_gpu_gives_what_is_left() -> None:
     platform = FakePlatform("cuda", free=60 * GIB, total=80 * GIB)
     assert budget(platform, 5 * GIB) == pytest.approx(60 * GIB - 5 * GIB - 8 * GIB, abs=1)

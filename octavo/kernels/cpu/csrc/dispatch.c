@@ -49,6 +49,10 @@ EXPORT const char *octavo_use_isa(const char *name) {
     return active->name;
 }
 
+EXPORT const char *octavo_isa(void) { return active->name; }
+
+EXPORT int32_t octavo_packing_version(void) { return PACKING_VERSION; }
+
 EXPORT void octavo_set_threads(int32_t num_threads) {
     pthread_mutex_lock(&one_caller);
     pool_resize(num_threads);

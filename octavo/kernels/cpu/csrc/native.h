@@ -21,6 +21,9 @@
 #include <stdint.h>
 
 #define GROUP 32
+/* Of the packed order above and of the rounding to 8 bits. Raise it when either changes: packed
+ * weights are kept on disk. */
+#define PACKING_VERSION 1
 #define EXPORT __attribute__((visibility("default")))
 
 enum { Q4_0 = 0, Q4_1 = 1, Q8_0 = 2 };
