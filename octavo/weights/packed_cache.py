@@ -7,6 +7,7 @@ what has its name is whole, and what is mapped stays as it is, whatever other pr
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import hashlib
@@ -38,6 +39,7 @@ _SUFFIX = ".packed"
 _TEMPORARY = ".writing-"
 _MIN_FREE_BYTES = 1 << 30  # that stay free on the disk
 _LOCK_POLL_S = 0.2
+_FINISH_S = 3.0  # that an engine waits at its end: a short script, too, leaves its weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,11 +203,14 @@ class Keeper:
 
     def start(self) -> None:
         self._thread.start()
+        atexit.register(self.stop)  # for whoever does not close the engine
 
     def stop(self) -> None:
-        """Give up what is not complete; the tensors are free when this returns."""
-        self._stop.set()
+        """Give up what is not complete within a few seconds; the tensors are free afterwards."""
+        atexit.unregister(self.stop)
         if self._thread.is_alive():
+            self._thread.join(_FINISH_S)
+            self._stop.set()
             self._thread.join()
 
 
