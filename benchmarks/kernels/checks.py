@@ -152,7 +152,7 @@ def check_sampling() -> None:
     temperature, top_k, top_p, min_p = kinds.repeat(n // 5, 1).T.contiguous()
     seeds = torch.randint(-(2**62), 2**62, (n,), device=DEVICE)
     positions = torch.arange(n, device=DEVICE)
-    from octavo.runner.random import uniforms
+    from octavo.kernels.random import uniforms
 
     numbers = uniforms(seeds, positions)
     expected = sampling.sample_torch(

@@ -12,17 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from octavo.kernels import launch
+from octavo.kernels import sampling
 from octavo.kernels.argmax import argmax
-from octavo.runner.penalties import RowConstraints, make_constraints
-from octavo.runner.random import uniforms
+from octavo.kernels.cpu import ops as cpu
+from octavo.runner.penalties import RowConstraints, TokenCounts, make_constraints
 from octavo.runner.rows import to_device, to_host
 from octavo.sched.plan import RowAdmission
 from octavo.types import TokenLogprobs
-
-# Rows with top_k or top_p look at this many most likely tokens first. Only if those do not hold
-# top_p of the mass are all of them sorted.
-_NUM_CANDIDATES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +65,8 @@ def gather_logprobs(
         token_ids: [n] int64.
         rows, num_top: of length n.
     """
-    logprobs = torch.log_softmax(logits, dim=-1)
-    chosen = logprobs.gather(1, token_ids[:, None])
-    top_values, top_ids = logprobs.topk(max(num_top), dim=-1)
     return SampledLogprobs(
-        tuple(rows),
-        tuple(num_top),
-        torch.cat([token_ids[:, None], top_ids], dim=1),
-        torch.cat([chosen, top_values], dim=1),
-        (logprobs > chosen).sum(dim=-1) + 1,
+        tuple(rows), tuple(num_top), *sampling.rate(logits, token_ids, max(num_top))
     )
 
 
@@ -143,21 +132,29 @@ class Sampler:
             tokens [n] int64 on the device, and the log-probabilities that some rows ask for.
         """
         wanted = np.flatnonzero(self._num_logprobs[rows] >= 0)
-        raw = logits[self._index(wanted)].clone() if len(wanted) else None
+        if not len(wanted):
+            return self._choose(logits, rows, positions), None
+        index, picked = self._index(wanted), rows[wanted]
+        raw = logits[index] if self._constraints else None
+        token_ids = self._choose(logits, rows, positions)
+        if raw is None:
+            raw = logits if len(wanted) == len(rows) else logits[index]
+        return token_ids, gather_logprobs(
+            raw, token_ids[index], picked.tolist(), self._num_logprobs[picked].tolist()
+        )
+
+    def _choose(
+        self, logits: torch.Tensor, rows: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]
+    ) -> torch.Tensor:
         self._restrict(logits, rows, positions)
-        token_ids = self._draw(logits, rows, positions)
+        if (self._temperature[rows] == 0.0).all():
+            token_ids = argmax(logits)
+        else:
+            token_ids = self._draw(logits, rows, positions)
         for i, row in enumerate(rows.tolist() if self._constraints else ()):
             if row in self._constraints:
                 self._constraints[row].observe(token_ids[i : i + 1])
-        if raw is None:
-            return token_ids, None
-        picked = rows[wanted]
-        return token_ids, gather_logprobs(
-            raw,
-            token_ids[self._index(wanted)],
-            picked.tolist(),
-            self._num_logprobs[picked].tolist(),
-        )
+        return token_ids
 
     def _restrict(
         self,
@@ -167,28 +164,33 @@ class Sampler:
     ) -> None:
         if not self._constraints:
             return
-        penalised = []
+        penalised: dict[int, TokenCounts] = {}
         for i, row in enumerate(rows.tolist()):
             if (constraints := self._constraints.get(row)) is not None:
                 constraints.restrict(logits[i], int(positions[i]))
                 if constraints.counts is not None:
-                    penalised.append((i, row))
+                    penalised[i] = constraints.counts
         if penalised:
-            index = self._index([i for i, _ in penalised])
-            logits[index] = self._penalise(logits[index], [row for _, row in penalised])
+            self._penalise(logits, rows, penalised)
 
-    def _penalise(self, logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        """Repetition penalty over prompt and output, frequency and presence over the output
-        only.
-        """
-        counts = [self._constraints[row].counts for row in rows]
-        output = torch.stack([c.output for c in counts if c is not None])
-        seen = torch.stack([c.seen for c in counts if c is not None])
-        values = self._tensor(np.array([self._penalty_values[row] for row in rows], np.float32))
-        repetition, frequency, presence = values[:, :, None].unbind(1)
-        factor = torch.where(seen, repetition, 1.0)
-        logits = torch.where(logits > 0, logits / factor, logits * factor)
-        return logits - frequency * output - presence * (output > 0)
+    def _penalise(
+        self,
+        logits: torch.Tensor,
+        rows: npt.NDArray[np.int32],
+        penalised: dict[int, TokenCounts],  # by index into rows
+    ) -> None:
+        values = [self._penalty_values[int(rows[i])] for i in penalised]
+        if cpu.suits(logits):  # looks at the tokens that were seen, a row at a time
+            for (i, counts), row_values in zip(penalised.items(), values, strict=True):
+                cpu.penalise(logits[i], counts.seen, counts.output, row_values)
+            return
+        index = self._index(list(penalised))
+        logits[index] = sampling.penalise_torch(
+            logits[index],
+            torch.stack([counts.seen for counts in penalised.values()]),
+            torch.stack([counts.output for counts in penalised.values()]),
+            self._tensor(np.array(values, np.float32)),
+        )
 
     def _draw(
         self,
@@ -196,106 +198,21 @@ class Sampler:
         rows: npt.NDArray[np.int32],
         positions: npt.NDArray[np.int32],
     ) -> torch.Tensor:
-        """Greedy rows, free rows and rows with top_k or top_p each go their own way."""
-        greedy = self._temperature[rows] == 0.0
-        if greedy.all():
-            return argmax(logits)
-        if launch.takes(logits):
-            return self._draw_at_once(logits, rows, positions)
-        narrow = ~greedy & ((self._top_k[rows] > 0) | (self._top_p[rows] < 1.0))
-        token_ids = torch.empty(len(rows), dtype=torch.int64, device=self._device)
-        for mask, draw in (
-            (greedy, None),
-            (narrow, self._draw_narrow),
-            (~greedy & ~narrow, self._draw_free),
-        ):
-            if not mask.any():
-                continue
-            index, some = self._index(np.flatnonzero(mask)), rows[mask]
-            part = logits if mask.all() else logits[index]
-            if draw is None:
-                token_ids[index] = part.argmax(dim=-1)
-                continue
-            numbers = uniforms(self._tensor(self._seeds[some]), self._tensor(positions[mask]))
-            scaled = part / self._tensor(self._temperature[some])[:, None]
-            token_ids[index] = draw(scaled, some, numbers)
-        return token_ids
-
-    def rehearse(self) -> None:
-        """Draw once from nothing, for the kernels to be compiled."""
-        logits = torch.zeros((1, self._vocab_size), device=self._device)
-        self._draw_at_once(logits, np.zeros(1, np.int32), np.zeros(1, np.int32))
-
-    def _draw_at_once(
-        self,
-        logits: torch.Tensor,
-        rows: npt.NDArray[np.int32],
-        positions: npt.NDArray[np.int32],
-    ) -> torch.Tensor:
-        """On a GPU: every kind of row in one launch, without sorting or waiting."""
-        from octavo.kernels import sampling_triton
-
+        """Rows of every kind at once."""
         whole = self._tensor(np.stack([self._top_k[rows], self._seeds[rows], positions]))
         parts = self._tensor(
             np.stack([self._temperature[rows], self._top_p[rows], self._min_p[rows]])
         )
         (top_k, seeds, places), (temperature, top_p, min_p) = whole, parts
-        return sampling_triton.sample(logits, temperature, top_k, top_p, min_p, seeds, places)
+        return sampling.sample(logits, temperature, top_k, top_p, min_p, seeds, places)
 
-    def _draw_free(
-        self, logits: torch.Tensor, rows: npt.NDArray[np.int32], numbers: torch.Tensor
-    ) -> torch.Tensor:
-        return _invert_cdf(self._min_p_filter(torch.softmax(logits, dim=-1), rows), numbers)
-
-    def _draw_narrow(
-        self, logits: torch.Tensor, rows: npt.NDArray[np.int32], numbers: torch.Tensor
-    ) -> torch.Tensor:
-        top_k, top_p = self._top_k[rows], self._top_p[rows]
-        limits = np.where(top_k > 0, top_k, self._vocab_size)
-        probs = self._min_p_filter(torch.softmax(logits, dim=-1), rows)
-        num_candidates = min(max(_NUM_CANDIDATES, int(top_k.max())), self._vocab_size)
-        values, token_ids = probs.topk(num_candidates, dim=-1)
-        open_ended = top_k == 0  # bounded by top_p alone
-        if open_ended.any() and num_candidates < self._vocab_size:
-            needed = self._tensor(np.where(open_ended, top_p, 0.0).astype(np.float32))
-            if bool((values.sum(dim=-1) < needed * probs.sum(dim=-1)).any()):
-                values, token_ids = probs.sort(dim=-1, descending=True)
-        ranks = torch.arange(values.shape[1], device=self._device)
-        values = values.masked_fill(ranks >= self._tensor(limits)[:, None], 0.0)
-        # The mass that top_p is a share of: what top_k left, or everything.
-        mass = torch.where(self._tensor(open_ended), probs.sum(dim=-1), values.sum(dim=-1))[:, None]
-        before = values.cumsum(dim=-1) - values
-        keep = before < self._tensor(top_p)[:, None] * mass
-        keep[:, 0] = True
-        picks = _invert_cdf(values * keep, numbers)
-        return token_ids.gather(1, picks[:, None])[:, 0]
-
-    def _min_p_filter(self, probs: torch.Tensor, rows: npt.NDArray[np.int32]) -> torch.Tensor:
-        min_p = self._min_p[rows]
-        if not min_p.any():
-            return probs
-        floor = self._tensor(min_p)[:, None] * probs.amax(dim=-1, keepdim=True)
-        return probs.masked_fill(probs < floor, 0.0)
+    def rehearse(self) -> None:
+        """Draw once from nothing, for the kernels to be compiled."""
+        logits = torch.zeros((1, self._vocab_size), device=self._device)
+        self._draw(logits, np.zeros(1, np.int32), np.zeros(1, np.int32))
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         return to_device(np.ascontiguousarray(array), self._device)
 
     def _index(self, positions: npt.NDArray[np.int64] | list[int]) -> torch.Tensor:
         return to_device(np.asarray(positions, np.int64), self._device)
-
-
-def _invert_cdf(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """The index at which the running sum of each row's weights passes its number's share of the
-    total.
-
-    Args:
-        weights: [n, m] float32, not negative, at least one positive per row.
-        numbers: [n] float32 in [0, 1).
-    """
-    cdf = weights.cumsum(dim=-1)
-    total = cdf[:, -1:].contiguous()
-    picks = torch.searchsorted(cdf, numbers[:, None] * total, right=True)
-    # Rounding may put a number at the very top; the last positive weight is where the total is
-    # reached.
-    last = torch.searchsorted(cdf, total)
-    return torch.minimum(picks, last)[:, 0]

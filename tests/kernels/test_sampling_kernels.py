@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from octavo.kernels.random import uniforms
 from octavo.kernels.sampling import sample_torch, token_logprobs_torch
-from octavo.runner.random import uniforms
 
 PARAMETERS = {  # temperature, top_k, top_p, min_p
     "free": (1.0, 0, 1.0, 0.0),

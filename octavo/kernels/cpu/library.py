@@ -78,6 +78,12 @@ class Layer(ctypes.Structure):
     )
 
 
+class Penalties(ctypes.Structure):
+    """`penalties` of csrc/sampling.c."""
+
+    _fields_ = (("repetition", c_float), ("frequency", c_float), ("presence", c_float))
+
+
 _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "octavo_use_isa": (c_char_p, (c_char_p,)),
     "octavo_isa": (c_char_p, ()),
@@ -99,6 +105,9 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     ),
     "octavo_gate": (None, (c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int32)),
     "octavo_argmax": (None, (c_void_p, c_int64, c_int64, c_void_p)),
+    "octavo_sample": (None, (c_void_p, c_int64, c_int64, *(c_void_p,) * 7)),
+    "octavo_rate": (None, (c_void_p, c_int64, c_int64, c_int32, *(c_void_p,) * 3)),
+    "octavo_penalise": (None, (c_void_p, c_int64, c_void_p, c_void_p, POINTER(Penalties))),
     "octavo_attention_fits": (c_int32, (c_int32, c_int32, c_int32)),
     "octavo_attention": (
         None,

@@ -1,8 +1,8 @@
 """The native CPU kernels as functions on tensors.
 
 All work on float32 tensors in main memory; `takes` says whether a tensor is one of those that they
-are there for. A row's result never depends on the rows around it, bit for bit, nor on the number
-of threads.
+are there for. Those that choose tokens (sample, rate, penalise) are there for any that `suits`. A
+row's result never depends on the rows around it, bit for bit, nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ctypes import byref
 
 import torch
 
-from octavo.kernels.cpu.library import Matrix, load
+from octavo.kernels.cpu.library import Matrix, Penalties, load
 
 _LIBRARY = load()
 ACTIVATIONS = {
@@ -212,3 +212,63 @@ def argmax(x: torch.Tensor) -> torch.Tensor:
     out = torch.empty(len(x), dtype=torch.int64)
     _LIBRARY.octavo_argmax(x.data_ptr(), len(x), x.shape[1], out.data_ptr())
     return out
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """See `kernels.sampling`. One call for all rows; the parameters are [n]."""
+    assert _LIBRARY is not None
+    logits = logits.contiguous()
+    parts = [x.to(torch.float32).contiguous() for x in (temperature, top_p, min_p)]
+    whole = [x.to(torch.int64).contiguous() for x in (top_k, seeds, positions)]
+    if any(x.shape != logits.shape[:1] for x in (*parts, *whole)):
+        raise ValueError("each row of logits needs one parameter of each kind")
+    out = torch.empty(len(logits), dtype=torch.int64)
+    pointers = (x.data_ptr() for x in (*parts, *whole, out))
+    _LIBRARY.octavo_sample(logits.data_ptr(), *logits.shape, *pointers)
+    return out
+
+
+def rate(
+    logits: torch.Tensor, token_ids: torch.Tensor, num_top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `kernels.sampling`. IndexError for an id that is out of range."""
+    assert _LIBRARY is not None
+    num_rows, size = logits.shape
+    if num_top > size:
+        raise ValueError(f"there are no {num_top} tokens but {size}")
+    if num_rows and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < size:
+        raise IndexError(f"an id is not within [0, {size})")
+    logits = logits.contiguous()
+    ids = torch.empty((num_rows, 1 + num_top), dtype=torch.int64)
+    ids[:, 0] = token_ids
+    logprobs, ranks = torch.empty(ids.shape), torch.empty(num_rows, dtype=torch.int64)
+    pointers = (x.data_ptr() for x in (ids, logprobs, ranks))
+    _LIBRARY.octavo_rate(logits.data_ptr(), num_rows, size, num_top, *pointers)
+    return ids, logprobs, ranks
+
+
+def penalise(
+    logits: torch.Tensor,  # [vocab]; in place
+    seen: torch.Tensor,  # [vocab] bool
+    counts: torch.Tensor,  # [vocab] int32
+    values: tuple[float, float, float],
+) -> None:
+    """One row of `kernels.sampling.penalise_torch`, bit for bit."""
+    assert _LIBRARY is not None
+    if not seen.shape == counts.shape == logits.shape:
+        raise ValueError("each logit needs one count and one mark")
+    _LIBRARY.octavo_penalise(
+        logits.data_ptr(),
+        len(logits),
+        seen.data_ptr(),
+        counts.data_ptr(),
+        byref(Penalties(*values)),
+    )

@@ -7,7 +7,7 @@
 #include "native.h"
 
 /* Memory that grows with need and is kept: mapping fresh pages costs more than most of the work. */
-static void *scratch(size_t num_bytes) {
+void *scratch(size_t num_bytes) {
     static void *memory;
     static size_t size;
     if (num_bytes > size) {

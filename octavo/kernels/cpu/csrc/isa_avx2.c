@@ -108,7 +108,7 @@ INLINE_ISA void transpose(vf *y) {
 #include "kernels.inc.h"
 
 const isa isa_avx2 = {"avx2", LANES, 0, quantize, to_q8_0, narrow, linear, rms_norm, rotate,
-                      gate, attend, merge, argmax};
+                      gate, attend, merge, argmax, draw, rate};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -92,7 +92,7 @@ INLINE_ISA void transpose(vf *x) {
 #include "kernels.inc.h"
 
 const isa isa_avx512 = {"avx512", LANES, 0x80, quantize, to_q8_0, narrow, linear, rms_norm, rotate,
-                        gate, attend, merge, argmax};
+                        gate, attend, merge, argmax, draw, rate};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -44,7 +44,7 @@ INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, vi *dot
 #include "kernels.inc.h"
 
 const isa isa_generic = {"generic", LANES, 0, quantize, to_q8_0, narrow, linear, rms_norm, rotate,
-                         gate, attend, merge, argmax};
+                         gate, attend, merge, argmax, draw, rate};
 
 /* ---- float16, for code that runs before an instruction set is chosen */
 

@@ -13,3 +13,4 @@
 #include "attention.inc.h"
 #include "linear.inc.h"
 #include "rows.inc.h"
+#include "sampling.inc.h"

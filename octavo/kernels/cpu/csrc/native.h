@@ -92,6 +92,15 @@ typedef struct {
 #define MAX_TILE_ROWS 64
 #define MAX_HEAD_DIM 256
 
+/* How a row's token is chosen; see kernels/sampling.py. */
+typedef struct {
+    float temperature, top_p, min_p;
+    float number; /* in [0, 1) */
+    int64_t top_k;
+} choice;
+
+#define STRIP 64 /* logits that are looked at together */
+
 typedef struct {
     const char *name;
     int32_t lanes;
@@ -109,6 +118,9 @@ typedef struct {
     void (*attend)(const attention *a, const batch *b, const attention_item *item);
     void (*merge)(const float *partials, int32_t num, int64_t stride, int32_t head_dim, float *out);
     int64_t (*argmax)(const float *x, int64_t size);
+    int64_t (*draw)(const float *x, int64_t size, const choice *c, float *work);
+    int64_t (*rate)(const float *x, int64_t size, int32_t num_top, int64_t *ids, float *logprobs,
+                    float *work);
 } isa;
 
 extern const isa isa_generic, isa_avx2, isa_avx512, isa_neon;
@@ -119,6 +131,8 @@ typedef void (*task)(void *context, int32_t chunk);
 void pool_run(int32_t num_chunks, task run, void *context);
 int32_t pool_threads(void);
 void pool_resize(int32_t num_threads);
+
+void *scratch(size_t num_bytes); /* compute.c: for one exported function at a time */
 
 static inline int64_t width_of(int32_t type) { return type == FLOAT32 ? 4 : 2; }
 static inline int32_t least(int64_t a, int64_t b) { return (int32_t)(a < b ? a : b); }
