@@ -61,7 +61,8 @@ def route_kernel(
     chosen = tl.zeros([TOP], tl.int32)
     for rank in tl.range(0, top_k):
         best = tl.max(left, 0)
-        expert = tl.min(tl.where(left == best, experts, BLOCK), 0)
+        # Logits that are no numbers equal nothing; their token's results are lost, no one else's.
+        expert = tl.minimum(tl.min(tl.where(left == best, experts, BLOCK), 0), num_experts - 1)
         weights = tl.where(ranks == rank, best, weights)
         chosen = tl.where(ranks == rank, expert, chosen)
         left = tl.where(experts == expert, -1.0, left)
@@ -275,8 +276,10 @@ def group(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.
     return order, starts
 
 
-def choose_plan(num_pairs: int, num_experts: int, itemsize: int, gated: bool) -> GroupedPlan:
-    """By how many pairs an expert has on average."""
+def choose_plan(
+    num_pairs: int, num_experts: int, itemsize: int, gated: bool, *, copies_tiles: bool = True
+) -> GroupedPlan:
+    """By how many pairs an expert has on average. What copies tiles has 227 KiB of shared memory."""
     if itemsize == 4:
         return GroupedPlan(16, 32, 32, 4, 2)
     if num_pairs <= MAX_LOOSE_PAIRS and not launch.is_amd():
@@ -289,6 +292,8 @@ def choose_plan(num_pairs: int, num_experts: int, itemsize: int, gated: bool) ->
         return GroupedPlan(32, 64 if gated else 128, 128, 4, 3)
     if num_pairs <= 64 * num_experts:
         return GroupedPlan(64, 128, 64, 4, 4)
+    if not copies_tiles:
+        return GroupedPlan(128, 128, 64, 8, 3)
     return GroupedPlan(128, 128 if gated else 256, 64, 8, 4)
 
 
@@ -353,16 +358,19 @@ def _multiply(
     """One grouped product; with an activation, of gate and up."""
     num_pairs, out_features = out.shape
     num_experts, _, in_features = weight.shape
-    plan = plan or choose_plan(num_pairs, num_experts, x.element_size(), activation is not None)
+    gated, copies_tiles = activation is not None, launch.copies_tiles(x.device)
+    plan = plan or choose_plan(
+        num_pairs, num_experts, x.element_size(), gated, copies_tiles=copies_tiles
+    )
     if grouping is None:
         num_tiles, order, starts = num_pairs, experts, experts
     else:
         num_tiles, (order, starts) = num_pairs // plan.block_m + num_experts, grouping
     tiles = x_tiles = None
-    if plan.block_m >= 64 and launch.copies_tiles(x.device) and in_features % plan.block_k == 0:
+    if plan.block_m >= 64 and copies_tiles and in_features % plan.block_k == 0:
         matrix = weight.view(-1, in_features)
         tiles = TensorDescriptor.from_tensor(matrix, [plan.block_n, plan.block_k])
-        if activation is None and grouping is not None:
+        if not gated and grouping is not None:
             x_tiles = TensorDescriptor.from_tensor(x, [plan.block_m, plan.block_k])
     overlap = launch.overlaps(x)
     grouped_kernel[(triton.cdiv(out_features, plan.block_n), num_tiles)](
@@ -380,7 +388,7 @@ def _multiply(
         num_experts,
         out_features,
         in_features,
-        GATED=activation is not None,
+        GATED=gated,
         ACTIVATION=activation or 0,
         SORTED=grouping is not None,
         BLOCK_M=plan.block_m,

@@ -216,8 +216,10 @@ def gather(
 def _hopper(query: torch.Tensor, num_kv_heads: int) -> ModuleType | None:
     """The other implementation, where it can and should be used."""
     num_heads, head_dim = query.shape[1:]
-    suits = head_dim == 128 and num_heads // num_kv_heads <= BLOCK_M
-    return _load_hopper() if suits and launch.has_warpgroups(query.device) else None
+    if head_dim != 128 or not launch.has_warpgroups(query.device):
+        return None
+    hopper = _load_hopper()
+    return hopper if hopper and num_heads // num_kv_heads <= hopper.ROWS else None
 
 
 @functools.cache

@@ -160,18 +160,19 @@ class ModelRunner:
             return
         runner = self._config.runner
         longest = min(runner.max_num_batched_tokens, runner.max_model_len // 2)
-        lens = sorted({min(16, longest), min(512, longest), longest})
+        lens = sorted({min(16, longest), min(512, longest), longest}, reverse=True)
         plans = [_warm_up_plan(1, n, start=start) for n in lens for start in (0, n)]
         decodes, _ = self._new_graphs()
         sizes = [(size, False) for size in _COMPILED_DECODES]
         sizes += [(size, True) for size in _COMPILED_SHARED]
-        steps: list[Callable[[], object]] = [
+        # What takes longest to compile comes first.
+        steps: list[Callable[[], object]] = [partial(self._run, plan) for plan in plans]
+        steps.append(self._sampler.rehearse)
+        steps += [
             partial(decodes.rehearse, size, shared=shared)
             for size, shared in sizes
             if size <= runner.max_num_seqs
         ]
-        steps += [partial(self._run, plan) for plan in plans]
-        steps.append(self._sampler.rehearse)
         with launch.compiling():
             for step in steps:
                 step()

@@ -112,15 +112,18 @@ LARGE = {
 @pytest.mark.parametrize("spec", LARGE.values(), ids=LARGE)
 @pytest.mark.parametrize("chunks", [[(1, 1030)], [(0, 1), (2, 7), (1, 1500), (3, 128), (4, 33)]])
 def test_long_chunks_on_hopper(spec, chunks, dtype, monkeypatch):
-    """Against the kernel for short chunks, for prompts with and without a context."""
+    """Against the kernel for short chunks, for prompts with and without a context, and with padding
+    as in a graph: empty sequences, and more tokens than they have.
+    """
+    assert packed_prefill_triton._load_hopper() is not None
     width = spec.num_kv_heads * 128
-    query_lens = [n for _, n in chunks]
-    seq_lens = [n + 257 * (seq % 3) for seq, n in chunks]
+    query_lens = [n for _, n in chunks] + [0] * 3
+    seq_lens = [n + 257 * (seq % 3) for seq, n in chunks] + [0] * 3
     rows, starts = (
         torch.tensor([sum(lens[:i]) for i in range(len(lens) + 1)], dtype=torch.int32).cuda()
         for lens in (seq_lens, query_lens)
     )
-    num_tokens = sum(query_lens)
+    num_tokens = sum(query_lens) + 77
     query = torch.randn(num_tokens, spec.num_heads, 128, device="cuda", dtype=dtype)
     keys = torch.randn(sum(seq_lens), 2 * width, device="cuda", dtype=dtype)
     lens = torch.tensor(seq_lens, dtype=torch.int32).cuda()
@@ -132,4 +135,6 @@ def test_long_chunks_on_hopper(spec, chunks, dtype, monkeypatch):
         packed_prefill_triton.packed_prefill(
             query, out[minimum], *where, spec.num_kv_heads, spec.scale
         )
+        assert out[minimum][-77:].isnan().all()
+        out[minimum] = out[minimum][:-77]
     torch.testing.assert_close(*out.values(), atol=8e-3, rtol=8e-3)
