@@ -279,7 +279,7 @@ def group(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.
 def choose_plan(
     num_pairs: int, num_experts: int, itemsize: int, gated: bool, *, copies_tiles: bool = True
 ) -> GroupedPlan:
-    """By how many pairs an expert has on average. What copies tiles has 227 KiB of shared memory."""
+    """By how many pairs an expert has on average. What copies tiles has more shared memory."""
     if itemsize == 4:
         return GroupedPlan(16, 32, 32, 4, 2)
     if num_pairs <= MAX_LOOSE_PAIRS and not launch.is_amd():

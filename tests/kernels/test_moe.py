@@ -57,7 +57,7 @@ def test_experts_whose_weights_come_as_tiles(device, monkeypatch):
 
     plan = moe_triton.GroupedPlan(64, 32, 32, 4, 2)
     monkeypatch.setattr(launch, "copies_tiles", lambda device: True)
-    monkeypatch.setattr(moe_triton, "choose_plan", lambda *args: plan)
+    monkeypatch.setattr(moe_triton, "choose_plan", lambda *args, **kwargs: plan)
     x = torch.randn(70, 64, device=device).half()
     gate_up = torch.randn(3, 2 * 96, 64, device=device).half() / 8
     down = torch.randn(3, 64, 96, device=device).half() / 10
