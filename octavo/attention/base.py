@@ -51,7 +51,7 @@ class AttentionBatch:
 
     Sequence i owns query tokens [query_starts[i], query_starts[i+1]), which are the last of its
     seq_lens[i] positions. The first `num_decodes` sequences have exactly one query token, or are
-    padding: none and seq_lens 0.
+    padding, seq_lens 0, whose results are undefined.
 
     With `queries`, all tokens leave their keys and values, but only those attend: sequences are
     theirs, in their order, and all of them decodes.

@@ -12,7 +12,8 @@ _SAMPLE_BYTES = 4096
 
 
 def identify(files: Sequence[Path]) -> str:
-    """Equal for two calls only if nobody has written to the files in between.
+    """Different for two calls if somebody has written to the files in between, as far as the file
+    system tells: two writes within a tick of its clock can look like one.
 
     A file is known by its size, the times of its last modification and of its last change, and
     samples of its content; not by its path. Programs can set the time of modification back, and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -102,7 +103,10 @@ def _show_environment() -> None:
         shown = value if env.get(variable.name) else "not set"
         print(f"  {variable.name:18} {shown:24} {variable.meaning}")
     print(f"  caches are in {env.home()}")
-    sizes = [path.stat().st_size for path in packed_folder().glob("*.packed")]
+    sizes = []
+    for path in packed_folder().glob("*.packed"):
+        with contextlib.suppress(FileNotFoundError):  # its owner has just removed it
+            sizes.append(path.stat().st_size)
     print(
         f"  packed weights of {len(sizes)} models, {sum(sizes) / 1e9:.1f} GB, in {packed_folder()}"
     )

@@ -23,7 +23,14 @@ from octavo.engine.messages import Abort, Add, Outputs, Ping, Pong, ToServer
 from octavo.engine.nursery import Nursery
 from octavo.errors import EngineDeadError, OctavoError
 from octavo.log import get_logger
-from octavo.types import EngineCounts, EngineRequest, Finish, StepOutputs, StepStats
+from octavo.types import (
+    EngineCounts,
+    EngineInfo,
+    EngineRequest,
+    Finish,
+    StepOutputs,
+    StepStats,
+)
 
 logger = get_logger(__name__)
 
@@ -99,9 +106,7 @@ class Supervisor:
             same,
             checkpoint,
             spare_after_s=patience.spare_after_s,
-            start_limit_s=max(
-                patience.start_s, _SLOW_STARTS * connection.info.startup_s.get("total", 0.0)
-            ),
+            start_limit_s=max(patience.start_s, _SLOW_STARTS * _start_s(connection.info)),
             silence_s=patience.silence_s,
         )
         return cls(connection, nursery, patience)
@@ -375,3 +380,8 @@ class Supervisor:
         if self._journal.num_in_engine and still_s > limit_s:
             return f"The engine has finished no step for {still_s:.0f} s."
         return None
+
+
+def _start_s(info: EngineInfo) -> float:
+    """What a start takes, also if packed weights are not found in their cache any more."""
+    return info.startup_s.get("total", 0.0) + info.startup_s.get("saved", 0.0)

@@ -96,14 +96,17 @@ class CpuPlatform:
         if limit is None:
             return free
         used = self._cgroup_int("memory", "memory.current", "memory.usage_in_bytes") or 0
-        # Cached file pages count as used but are given up on demand.
+        # Cached file pages count as used but are given up on demand; those that a process has
+        # mapped, weights say, would be missed.
         stat = dict(
             line.split(maxsplit=1)
             for line in self._cgroup_text("memory", "memory.stat").splitlines()
         )
-        lists = ("inactive_file", "active_file")
-        cached = sum(int(stat.get(f"total_{name}", stat.get(name, 0))) for name in lists)
-        return max(min(free, limit - used + cached), 0)
+        inactive, active, mapped = (
+            int(stat.get(f"total_{name}", stat.get(name, 0)))
+            for name in ("inactive_file", "active_file", "file_mapped")
+        )
+        return max(min(free, limit - used + max(inactive + active - mapped, 0)), 0)
 
     def _memory_limit_bytes(self) -> int | None:
         return self._cgroup_int("memory", "memory.max", "memory.limit_in_bytes")

@@ -121,6 +121,8 @@ class ModelRunner:
                 self._make_graphs()
         self.report.memory_bytes["free"] = platform.memory_free_bytes()
         logger.info("load %.1f s (%s)", self.report.seconds["load"], self._loaded.source)
+        if self._loaded.saved_s:
+            self.report.seconds["saved"] = self._loaded.saved_s
         if self._loaded.keeper is not None:
             self._loaded.keeper.start()
 
@@ -180,9 +182,16 @@ class ModelRunner:
         self._platform.synchronize()
 
     def _warm_up(self) -> int:
-        """Run the largest steps on a cache of one block; the bytes that they need."""
+        """Run the largest steps on a cache of one block; the bytes that they need.
+
+        On a CPU, those of mapped weights, whose pages the system takes for free memory.
+        """
         if self._device.type == "cpu":
-            return self._loaded.mapped_bytes  # the system takes a file's pages for free memory
+            if self._loaded.mapped_bytes:  # a first request need not wait for a disk
+                self._allocate(1)
+                self.submit(_warm_up_plan(1, 1)).wait()
+                self._kv = ()
+            return self._loaded.mapped_bytes
         runner = self._config.runner
         chunk_len = min(runner.max_num_batched_tokens, runner.max_model_len)
         num_rows = min(runner.max_num_seqs, runner.max_num_batched_tokens // chunk_len)

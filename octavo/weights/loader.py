@@ -17,7 +17,7 @@ from octavo.errors import WeightsError
 from octavo.weights.blocks import Blocks
 from octavo.weights.dummy import fill_dummy, fill_dummy_blocks
 from octavo.weights.gguf import iter_gguf
-from octavo.weights.packed import PackedModel
+from octavo.weights.packed import PackedModel, size_of
 from octavo.weights.packed_cache import Keeper, PackedCache
 from octavo.weights.safetensors import iter_safetensors
 from octavo.weights.slots import WeightSlot
@@ -51,7 +51,8 @@ class Loaded:
     """Where a model's weights have come from."""
 
     source: str  # in words
-    mapped_bytes: int = 0  # of them, those that lie in a file and take memory as they are read
+    mapped_bytes: int = 0  # of them, those that stay in a file and take memory as they are read
+    saved_s: float = 0.0  # that packing them has taken once
     keeper: Keeper | None = None  # puts them where the next start finds them, once it is started
 
 
@@ -83,14 +84,18 @@ def _load_packed(
 ) -> Loaded:
     """From the cache, or else from the checkpoint for the cache."""
     cache = PackedCache.of(config, packed_model.packing)
-    num_bytes = cache.try_load(packed_model)
-    if num_bytes is not None:
-        return Loaded(f"packed weights from cache {cache.path}", mapped_bytes=num_bytes)
+    if (mapped := cache.try_load(packed_model)) is not None:
+        return Loaded(
+            f"packed weights from cache {cache.path}",
+            mapped_bytes=size_of(mapped.tensors, packed=True),
+            saved_s=mapped.saved_s,
+        )
     start_s = time.monotonic()
     _load_checkpoint(model, config, progress)
-    is_slow = time.monotonic() - start_s >= _MIN_PACKING_S
-    keeper = Keeper(cache, packed_model.packed()) if is_slow else None
-    return Loaded(config.load_format, keeper=keeper)
+    seconds, tensors = time.monotonic() - start_s, packed_model.packed()
+    # What is mostly as it was (a mixture's experts) is as soon read from the checkpoint.
+    pays = seconds >= _MIN_PACKING_S and 2 * size_of(tensors, packed=True) > size_of(tensors)
+    return Loaded(config.load_format, keeper=Keeper(cache, tensors, seconds) if pays else None)
 
 
 def _load_checkpoint(model: nn.Module, config: ModelConfig, progress: bool) -> None:

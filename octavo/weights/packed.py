@@ -41,6 +41,8 @@ class PackedModel(Protocol):
         ...
 
 
-def size_of(tensors: Mapping[str, Packed]) -> int:
-    """Bytes of all of them."""
-    return sum(tensor.data.nbytes for tensor in tensors.values())
+def size_of(tensors: Mapping[str, Packed], *, packed: bool = False) -> int:
+    """Bytes of all of them, or of those in blocks, which are used where they lie."""
+    return sum(
+        tensor.data.nbytes for tensor in tensors.values() if not packed or tensor.kind != "float32"
+    )

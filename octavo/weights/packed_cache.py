@@ -30,7 +30,14 @@ from octavo.config.sections import ModelConfig
 from octavo.errors import CheckpointError, WeightsError
 from octavo.log import get_logger
 from octavo.weights.packed import Packed, PackedModel, size_of
-from octavo.weights.packed_file import PackedFileError, is_used, map_packed, write_packed
+from octavo.weights.packed_file import (
+    Mapped,
+    PackedFileError,
+    check_packed,
+    is_used,
+    map_packed,
+    write_packed,
+)
 
 logger = get_logger(__name__)
 
@@ -72,11 +79,11 @@ class PackedCache:
         path = packed_folder() / f"{name or 'model'}-{key[:32]}{_SUFFIX}"
         return cls(path, key, config.packed_cache_bytes, config.weight_files, identity)
 
-    def try_load(self, model: PackedModel) -> int | None:
-        """Load the model, if its weights are here and in order. Returns how many bytes it maps."""
+    def try_load(self, model: PackedModel) -> Mapped | None:
+        """Load the model, if its weights are here and in order; from what."""
         try:
-            tensors, num_bytes = map_packed(self.path, self.key)
-            model.load_packed(tensors)
+            mapped = map_packed(self.path, self.key)
+            model.load_packed(mapped.tensors)
         except FileNotFoundError:
             return None
         except (PackedFileError, WeightsError) as error:
@@ -89,19 +96,22 @@ class PackedCache:
             return None
         with contextlib.suppress(OSError):  # a folder that is read only does as well
             os.utime(self.path)  # the oldest-used are evicted first
-        return num_bytes
+        return mapped
 
-    def keep(self, tensors: dict[str, Packed], stop: threading.Event) -> None:
+    def keep(self, tensors: dict[str, Packed], stop: threading.Event, saved_s: float = 0.0) -> None:
         """Write the file, unless another process does or something speaks against it, which is
         logged. What was not complete when `stop` is set is given up.
+
+        Args:
+            saved_s: what whoever finds it need not spend.
         """
         num_bytes, start_s = size_of(tensors), time.monotonic()
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with _lock(self.path.parent / ".lock", stop) as is_mine:
                 if not is_mine or self._is_there() or not self._make_room(num_bytes):
                     return
-                if self._write(tensors, stop):
+                if self._write(tensors, stop, saved_s):
                     logger.info(
                         "kept %.1f GB of packed weights for the next start in %s (%.1f s)",
                         num_bytes / 1e9,
@@ -119,7 +129,8 @@ class PackedCache:
     def _is_there(self) -> bool:
         """Whether another process has been faster."""
         try:
-            map_packed(self.path, self.key)
+            with self.path.open("rb") as file:
+                check_packed(file, self.key)
         except (OSError, PackedFileError):
             return False
         return True
@@ -150,25 +161,27 @@ class PackedCache:
                 self.max_bytes / 1e9,
             )
             return False
+        freed = sum(size for _, size, path in files if path in victims)
+        if shutil.disk_usage(folder).free + freed < num_bytes + _MIN_FREE_BYTES:
+            raise OSError(f"{num_bytes / 1e9:.1f} GB would leave less than 1 GB free on the disk")
         for path in victims:
             logger.info("removing %s to make room", path)
             path.unlink(missing_ok=True)
-        if shutil.disk_usage(folder).free < num_bytes + _MIN_FREE_BYTES:
-            raise OSError(f"{num_bytes / 1e9:.1f} GB would leave less than 1 GB free on the disk")
         return True
 
-    def _write(self, tensors: dict[str, Packed], stop: threading.Event) -> bool:
+    def _write(self, tensors: dict[str, Packed], stop: threading.Event, saved_s: float) -> bool:
         """Whether it was completed."""
         with tempfile.NamedTemporaryFile(
             prefix=_TEMPORARY, dir=self.path.parent, delete=False
         ) as file:
             path = Path(file.name)
             try:
-                os.fchmod(file.fileno(), self._mode())
-                if not write_packed(file, self.key, tensors, lambda: not stop.is_set()):
+                # On disk before the rename can be. For its owner alone, as temporary files are: who
+                # may read the checkpoint is known to its folders as well as to its files.
+                if not write_packed(
+                    file, self.key, tensors, lambda: not stop.is_set(), saved_s=saved_s
+                ):
                     return False
-                file.flush()
-                os.fsync(file.fileno())  # the rename must not be on disk before the data
                 if identify(self.checkpoint) != self.identity:
                     logger.warning("packed weights are not kept: the model's files have changed")
                     return False
@@ -177,20 +190,16 @@ class PackedCache:
             finally:
                 path.unlink(missing_ok=True)
 
-    def _mode(self) -> int:
-        """Whoever may read the checkpoint may read this."""
-        mode = 0o444
-        for path in self.checkpoint:
-            mode &= path.stat().st_mode
-        return mode | 0o600
-
 
 class Keeper:
     """Writes packed weights to the cache in a thread, beside an engine that runs already."""
 
-    def __init__(self, cache: PackedCache, tensors: dict[str, Packed]) -> None:
+    def __init__(
+        self, cache: PackedCache, tensors: dict[str, Packed], saved_s: float = 0.0
+    ) -> None:
         self._cache = cache
         self._tensors = tensors
+        self._saved_s = saved_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
@@ -198,7 +207,7 @@ class Keeper:
         if sys.platform == "linux":  # where a thread has a priority of its own: requests go first
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        self._cache.keep(self._tensors, self._stop)
+        self._cache.keep(self._tensors, self._stop, self._saved_s)
         self._tensors = {}
 
     def start(self) -> None:
@@ -225,13 +234,19 @@ def _lock(path: Path, stop: threading.Event) -> Iterator[bool]:
     """Hold an exclusive lock, which ends with this process at the latest; False if `stop` was set
     before it was free.
     """
-    with path.open("w") as file:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
         while not stop.is_set():
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 stop.wait(_LOCK_POLL_S)
             else:
-                yield True
+                try:
+                    yield True
+                finally:  # a child that was forked meanwhile still has the file open
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)
                 return
         yield False
+    finally:
+        os.close(descriptor)

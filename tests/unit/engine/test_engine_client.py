@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import socket
 import threading
 import time
@@ -30,6 +31,7 @@ from octavo.engine.messages import (
     receive,
 )
 from octavo.engine.process import Mailbox
+from octavo.engine.supervisor import _start_s
 from octavo.errors import ConfigError, EngineDeadError, EngineError
 from octavo.types import (
     EngineInfo,
@@ -293,3 +295,9 @@ def test_a_server_that_is_gone_does_not_hold_up_the_end() -> None:
 
 def _bare() -> Checkpoint:
     return Checkpoint(model="m", path=Path("m"), weights_format="none", weight_files=(), config={})
+
+
+def test_a_restart_may_take_as_long_as_packing_the_weights_again() -> None:
+    found = dataclasses.replace(INFO, startup_s={"total": 2.0, "saved": 96.0, "load": 0.1})
+    assert _start_s(found) == 98.0
+    assert _start_s(INFO) == 0.0

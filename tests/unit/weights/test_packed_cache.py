@@ -110,7 +110,7 @@ def test_what_is_kept_is_found_by_the_next(config, log):
     assert cache.try_load(FakeModel()) is None
     cache.keep(model.packed(), NEVER)
     assert is_loaded(cache_of(config), model)
-    assert cache_of(config).try_load(FakeModel()) == cache.path.stat().st_size
+    assert cache_of(config).try_load(FakeModel()).num_bytes == cache.path.stat().st_size
     assert files() == [".lock", cache.path.name]
     assert cache.path.name.startswith("tiny-")
     assert len(log.messages) == 1
@@ -223,7 +223,7 @@ def only_warning(messages: list[str]) -> str:
 
 
 def test_a_disk_that_becomes_full_while_writing(config, log, monkeypatch):
-    def write_packed(file, *args):
+    def write_packed(file, *args, saved_s):
         file.write(bytes(100_000))
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -276,15 +276,46 @@ def test_a_folder_that_is_read_only_still_serves(config, log):
     assert "Permission denied" in only_warning(log.messages)
 
 
-@pytest.mark.parametrize(("mode", "expected"), [(0o600, 0o600), (0o644, 0o644), (0o440, 0o640)])
-def test_it_may_be_read_by_those_who_may_read_the_checkpoint(config, mode, expected):
-    config.weight_files[0].chmod(mode)
+def test_only_their_owner_may_read_them(config):
+    config.weight_files[0].chmod(0o666)
     cache = cache_of(config)
     cache.keep(FakeModel().packed(), NEVER)
-    assert cache.path.stat().st_mode & 0o777 == expected
+    assert cache.path.stat().st_mode & 0o777 == 0o600
+    assert packed_folder().stat().st_mode & 0o777 == 0o700
 
 
-# ---- the limit
+def test_what_others_can_write_to_is_of_no_use(config, log):
+    cache = cache_of(config)
+    cache.keep(FakeModel().packed(), NEVER)
+    cache.path.chmod(0o620)
+    assert cache.try_load(FakeModel()) is None
+    assert "other users can write to it" in log.messages[-1]
+    assert not cache.path.exists()
+
+
+def test_what_it_took_is_told_to_whom_it_saves_that(config):
+    cache = cache_of(config)
+    keeper = Keeper(cache, FakeModel().packed(), saved_s=12.5)
+    keeper.start()
+    keeper.stop()
+    assert cache.try_load(FakeModel()).saved_s == 12.5
+
+
+def test_a_lock_does_not_outlive_its_holder_in_a_child(config):
+    packed_folder().mkdir(parents=True)
+    with packed_cache._lock(packed_folder() / ".lock", NEVER):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        stop = threading.Event()
+        threading.Timer(5, stop.set).start()
+        with packed_cache._lock(packed_folder() / ".lock", stop) as is_mine:
+            assert is_mine
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def keep_models(config: ModelConfig, *numbers: int) -> list[PackedCache]:
@@ -335,9 +366,15 @@ def test_what_is_larger_than_the_limit_costs_the_others_nothing(config, log):
 # ---- others who write
 
 
-def test_many_writers_and_readers(config):
+def test_many_writers_and_readers(config, monkeypatch):
     """Nobody ever sees a file that is not whole, and only one of them writes it."""
-    model = FakeModel()
+    model, writes, write = FakeModel(), [], packed_cache.write_packed
+
+    def counted(*args, **kwargs):
+        writes.append(1)
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(packed_cache, "write_packed", counted)
     caches = [cache_of(config) for _ in range(8)]
     stop, seen = threading.Event(), []
 
@@ -358,6 +395,7 @@ def test_many_writers_and_readers(config):
         time.sleep(0.001)
     stop.set()
     reader.join()
+    assert len(writes) == 1
     assert seen == sorted(seen)  # not there, and then there for good
     assert seen[-1]
     assert files() == [".lock", caches[0].path.name]
@@ -417,7 +455,7 @@ from octavo.weights import packed_cache
 from octavo.weights.packed import Packed
 import torch
 
-def write_packed(file, key, tensors, go_on):
+def write_packed(file, key, tensors, go_on, *, saved_s):
     file.write(bytes(10_000))
     file.flush()
     os.kill(os.getpid(), signal.SIGKILL)

@@ -42,7 +42,8 @@ def equal(left: dict[str, Packed], right: dict[str, Packed]) -> bool:
 def test_what_was_written_comes_back_where_kernels_want_it(path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tensors, num_bytes = map_packed(path, "key")
+        mapped = map_packed(path, "key")
+        tensors, num_bytes = mapped.tensors, mapped.num_bytes
     assert equal(tensors, TENSORS)
     assert all(tensor.data.data_ptr() % 64 == 0 for tensor in tensors.values() if len(tensor.data))
     assert num_bytes == path.stat().st_size < size_of(TENSORS) + 2000
@@ -61,7 +62,7 @@ def test_any_tensors_and_any_cut(tmp_path_factory, shapes, key, cut):
     }
     with path.open("wb") as file:
         write_packed(file, key, tensors)
-    assert equal(map_packed(path, key)[0], tensors)
+    assert equal(map_packed(path, key).tensors, tensors)
     with pytest.raises(PackedFileError, match="another key"):
         map_packed(path, key + "x")
     whole = path.read_bytes()
@@ -101,9 +102,9 @@ def test_a_file_that_is_not_there(tmp_path):
 
 def test_a_file_is_in_use_while_a_tensor_lives(path):
     assert not is_used(path)
-    first, _ = map_packed(path, "key")
-    second, _ = map_packed(path, "key")
-    part = first["big"].data[7:9]
+    first = map_packed(path, "key")
+    second = map_packed(path, "key")
+    part = first.tensors["big"].data[7:9]
     del first, second
     assert is_used(path)
     del part
