@@ -3,9 +3,9 @@
 Flops: as there. A program takes 128 rows (query tokens times heads per KV head), 64 for each of two
 groups of four warps; a fifth warp has tiles of keys and values copied to shared memory for both.
 Each group starts the products of the next scores, then those of this block's values, and takes the
-softmax of the next scores while the latter run: 488 TFLOP/s for prompts of 2,048 tokens, 654 for
-8,192 and 683 for 8,192 queries of 16,384 keys on an H100 (442, 556, 547 where the compiler arranges
-it).
+softmax of the next scores while the latter run: 524 TFLOP/s for prompts of 2,048 tokens, 640 for
+8,192 and 700 for 8,192 queries of 16,384 keys on an H100, where the compiler's arrangement of the
+other kernel has 464, 557 and 531.
 
 Written in Gluon, Triton's lower level, which has no interpreter: its twin is checked on a GPU only.
 """
