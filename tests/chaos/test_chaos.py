@@ -226,10 +226,14 @@ def test_memory_stays_flat(
                 num_quiet = num_quiet + 1 if sizes[-1] - sizes[0] < 1 << 20 else 0
                 if num_quiet == 3:
                     break
-            sizes = await sample(server, 8 * rounds)
-        half = len(sizes) // 2
-        growth = max(sizes[half:]) - max(sizes[:half])
-        assert growth < 8 << 20, f"grew by {growth >> 20} MB in {len(sizes) / 4:.0f} s"
+            growths = []
+            for _ in range(3):  # a leak goes on; room for a batch larger than any before does not
+                sizes = await sample(server, 8 * rounds)
+                half = len(sizes) // 2
+                growths.append((max(sizes[half:]) - max(sizes[:half])) >> 20)
+                if growths[-1] < 8:
+                    break
+        assert growths[-1] < 8, f"grew by {growths} MB, within {4 * rounds} s each"
 
     with running_server("--num-gpu-blocks-override", "300") as server:
         asyncio.run(run(server))
