@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from octavo import env
+
+PACKED_SUFFIX = ".packed"  # of a file of packed weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,13 @@ def models_folder() -> Path:
 def packed_folder() -> Path:
     """Where packed weights wait for the next start; not created here."""
     return env.home() / "packed"
+
+
+def packed_files() -> Iterator[tuple[Path, os.stat_result]]:
+    """The files there."""
+    for path in packed_folder().glob(f"*{PACKED_SUFFIX}"):
+        with contextlib.suppress(FileNotFoundError):  # its owner has just removed it
+            yield path, path.stat()
 
 
 def installed() -> list[InstalledModel]:

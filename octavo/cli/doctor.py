@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -11,7 +10,7 @@ import sys
 
 import octavo
 from octavo import env
-from octavo.checkpoint.catalogue import BUILTIN_MODELS, installed, packed_folder
+from octavo.checkpoint.catalogue import BUILTIN_MODELS, installed, packed_files, packed_folder
 from octavo.config import DeviceInfo
 
 _PACKAGES = {
@@ -103,10 +102,7 @@ def _show_environment() -> None:
         shown = value if env.get(variable.name) else "not set"
         print(f"  {variable.name:18} {shown:24} {variable.meaning}")
     print(f"  caches are in {env.home()}")
-    sizes = []
-    for path in packed_folder().glob("*.packed"):
-        with contextlib.suppress(FileNotFoundError):  # its owner has just removed it
-            sizes.append(path.stat().st_size)
+    sizes = [stat.st_size for _, stat in packed_files()]
     print(
         f"  packed weights of {len(sizes)} models, {sum(sizes) / 1e9:.1f} GB, in {packed_folder()}"
     )

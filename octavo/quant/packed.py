@@ -13,9 +13,7 @@ from octavo.kernels.cpu.library import packing
 from octavo.layers.linear import MatrixLayer
 from octavo.layers.parameter import slot_of
 from octavo.quant.int8 import Int8Method
-from octavo.weights.packed import Packed
-
-_FULL = "float32"  # whatever is not in blocks, for that is what a quantised model computes in
+from octavo.weights.packed import IN_FULL, Packed
 
 
 class QuantizedModel:
@@ -37,7 +35,7 @@ class QuantizedModel:
         tensors = {name: method.packed(layer) for name, (layer, method) in self._matrices.items()}
         for name, parameter in self._parameters.items():
             data = parameter.detach().view(-1).view(torch.uint8)
-            tensors[name] = Packed(_FULL, tuple(parameter.shape), data)
+            tensors[name] = Packed(IN_FULL, tuple(parameter.shape), data)
         return tensors
 
     @torch.no_grad()
@@ -51,6 +49,6 @@ class QuantizedModel:
 
 
 def _in_full(tensor: Packed) -> torch.Tensor:
-    if tensor.kind != _FULL or tensor.data.nbytes != 4 * math.prod(tensor.shape):
-        raise WeightsError(f"{tensor.kind} {tensor.shape} is no tensor in {_FULL}.")
+    if tensor.kind != IN_FULL or tensor.data.nbytes != 4 * math.prod(tensor.shape):
+        raise WeightsError(f"{tensor.kind} {tensor.shape} is no tensor in {IN_FULL}.")
     return tensor.data.view(torch.float32).view(tensor.shape)

@@ -111,7 +111,7 @@ def build_inputs(
         },
         rows.block_tables.device,
     )
-    batch = _batch(plan, sent, rows.block_tables, block_size)
+    batch = _batch(plan, seq_lens, sent, rows.block_tables, block_size)
     last_batch = None
     sample_indices: torch.Tensor | slice = sent["last_tokens"][:num_samples]
     if not want_all and len(last_seqs) < num_tokens:
@@ -146,10 +146,14 @@ def _send(
 
 
 def _batch(
-    plan: StepPlan, sent: Mapping[str, torch.Tensor], block_tables: torch.Tensor, block_size: int
+    plan: StepPlan,
+    host_seq_lens: npt.NDArray[np.int32],
+    sent: Mapping[str, torch.Tensor],
+    block_tables: torch.Tensor,
+    block_size: int,
 ) -> AttentionBatch:
     num_decodes, num_keys = plan.num_decodes, count_gathered(plan)
-    positions, host_seq_lens = sent["positions"], plan.starts + plan.chunk_lens
+    positions = sent["positions"]
     max_seq_len = int(host_seq_lens.max())
     max_blocks = -(-max_seq_len // block_size)
     blocks = block_tables[sent["token_rows"], positions // block_size].to(torch.int64)

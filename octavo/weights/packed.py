@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 
+IN_FULL = "float32"  # the kind of what is not in blocks: what a quantised model computes in
+
 
 @dataclass(frozen=True, slots=True)
 class Packed:
@@ -44,5 +46,5 @@ class PackedModel(Protocol):
 def size_of(tensors: Mapping[str, Packed], *, packed: bool = False) -> int:
     """Bytes of all of them, or of those in blocks, which are used where they lie."""
     return sum(
-        tensor.data.nbytes for tensor in tensors.values() if not packed or tensor.kind != "float32"
+        tensor.data.nbytes for tensor in tensors.values() if not packed or tensor.kind != IN_FULL
     )

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from octavo import __version__
-from octavo.checkpoint.catalogue import packed_folder
+from octavo.checkpoint.catalogue import PACKED_SUFFIX, packed_files, packed_folder
 from octavo.checkpoint.identity import identify
 from octavo.config.sections import ModelConfig
 from octavo.errors import CheckpointError, WeightsError
@@ -42,7 +42,6 @@ from octavo.weights.packed_file import (
 logger = get_logger(__name__)
 
 _FORMAT = 1  # raise to have everything packed again
-_SUFFIX = ".packed"
 _TEMPORARY = ".writing-"
 _MIN_FREE_BYTES = 1 << 30  # that stay free on the disk
 _LOCK_POLL_S = 0.2
@@ -76,7 +75,7 @@ class PackedCache:
         }
         key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
         name = re.sub(r"[^\w.-]+", "-", Path(config.model).name)[:60].lstrip(".")  # for people
-        path = packed_folder() / f"{name or 'model'}-{key[:32]}{_SUFFIX}"
+        path = packed_folder() / f"{name or 'model'}-{key[:32]}{PACKED_SUFFIX}"
         return cls(path, key, config.packed_cache_bytes, config.weight_files, identity)
 
     def try_load(self, model: PackedModel) -> Mapped | None:
@@ -145,13 +144,14 @@ class PackedCache:
         folder = self.path.parent
         for leftover in folder.glob(f"{_TEMPORARY}*"):  # nobody else writes: this one has the lock
             leftover.unlink(missing_ok=True)
-        files = sorted((stat.st_mtime_ns, stat.st_size, path) for path, stat in _kept(folder))
+        files = sorted((stat.st_mtime_ns, stat.st_size, path) for path, stat in packed_files())
         excess = sum(size for _, size, _ in files) + num_bytes - self.max_bytes
-        victims = []
+        victims, freed = [], 0
         for _, size, path in files:
-            if excess > 0 and not is_used(path):
+            if excess > freed and not is_used(path):
                 victims.append(path)
-                excess -= size
+                freed += size
+        excess -= freed
         if excess > 0:
             logger.info(
                 "packed weights are not kept for the next start: with these %.1f GB there would be "
@@ -161,7 +161,6 @@ class PackedCache:
                 self.max_bytes / 1e9,
             )
             return False
-        freed = sum(size for _, size, path in files if path in victims)
         if shutil.disk_usage(folder).free + freed < num_bytes + _MIN_FREE_BYTES:
             raise OSError(f"{num_bytes / 1e9:.1f} GB would leave less than 1 GB free on the disk")
         for path in victims:
@@ -221,12 +220,6 @@ class Keeper:
             self._thread.join(_FINISH_S)
             self._stop.set()
             self._thread.join()
-
-
-def _kept(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    for path in folder.glob(f"*{_SUFFIX}"):
-        with contextlib.suppress(FileNotFoundError):  # its owner has just removed it
-            yield path, path.stat()
 
 
 @contextlib.contextmanager
