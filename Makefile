@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: serve test test-unit test-gpu fuzz check format clean
+.PHONY: serve test test-unit test-gpu memcheck fuzz check format clean
 
 serve: $(VENV)/.serve
 	$(BIN)/octavo serve $(ARGS)
@@ -21,6 +21,12 @@ test-unit: $(VENV)/.dev
 # Needs a CUDA device; skipped where there is none.
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest tests -m gpu $(ARGS)
+
+# A thousand requests with every access to memory of our kernels checked (compute-sanitizer, a minute).
+KERNELS = $(shell grep -rhoE 'def \w+_kernel' octavo/kernels | sed 's/def /--kernel-name kns=/')
+memcheck: $(VENV)/.dev
+	compute-sanitizer --tool memcheck --error-exitcode 9 $(KERNELS) \
+		$(BIN)/python -m pytest tests/gpu -m gpu -k thousand
 
 # `make fuzz ARGS="gguf --minutes 10"`; fuzz/README.md has the names.
 fuzz: $(VENV)/.fuzz

@@ -266,11 +266,13 @@ def group(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.
     order = torch.empty(num_pairs, dtype=torch.int32, device=experts.device)
     starts = torch.empty(num_experts + 1, dtype=torch.int32, device=experts.device)
     overlap = launch.overlaps(experts)
-    block = min(max(triton.next_power_of_2(num_pairs), 16), 4096)
+    # Many pairs at once, or few: 4,096 take 26 us for 8,192 pairs and 77 for 65,536 on an H100.
+    block = 2048 if num_pairs <= 8192 else 8192  # 16 us, 41 us
+    block = min(max(triton.next_power_of_2(num_pairs), 16), block)
     how = {
         "BLOCK": block,
         "OVERLAP": overlap,
-        **launch.options(overlap, num_warps=block // 256 or 1),
+        **launch.options(overlap, num_warps=min(max(block // 256, 1), 16)),
     }
     sort_kernel[(num_experts,)](experts, order, starts, num_pairs, **how)
     return order, starts
