@@ -35,6 +35,12 @@ class Platform(Protocol):
         """The most device memory that this process has held so far."""
         ...
 
+    def trim_memory(self) -> None:
+        """Give back what this process holds and does not use; where that can be done, the peak is
+        counted anew from here.
+        """
+        ...
+
     def memory_free_bytes(self) -> int:
         """Device memory that this process could still take."""
         ...

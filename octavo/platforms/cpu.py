@@ -78,6 +78,9 @@ class CpuPlatform:
             return 0
         return pages * os.sysconf("SC_PAGE_SIZE")
 
+    def trim_memory(self) -> None:
+        """The system takes and gives on its own."""
+
     def memory_peak_bytes(self) -> int:
         """Largest resident memory of this process so far."""
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 
 import torch
@@ -47,6 +48,11 @@ class CudaPlatform:
 
     def memory_peak_bytes(self) -> int:
         return torch.cuda.max_memory_reserved(self.torch_device)
+
+    def trim_memory(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
 
     def memory_free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.torch_device)[0]

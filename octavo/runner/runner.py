@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +37,7 @@ from octavo.runner.rows import DeviceRows, to_device, to_host
 from octavo.runner.sampler import SampledLogprobs, Sampler
 from octavo.sched.plan import StepPlan, StepResult
 from octavo.weights.loader import load_weights
+from octavo.weights.packed import PackedModel
 
 logger = get_logger(__name__)
 
@@ -108,11 +110,11 @@ class ModelRunner:
         if config.runner.num_threads and self._device.type == "cpu":
             _set_threads(config.runner.num_threads, native=self._is_native)
         with torch.inference_mode():
-            with self.report.phase("load"):
-                self._load(progress)
+            used_bytes = platform.memory_used_bytes()
+            packed_model = self._make_model()
             self._make_rows()
-            with self.report.phase("compile"):
-                self._compile_kernels()
+            self._load_and_compile(packed_model, progress)
+            self._measure_weights(used_bytes)
             with self.report.phase("warm_up"):
                 reserve_bytes = self._warm_up()
             with self.report.phase("cache"):
@@ -128,20 +130,39 @@ class ModelRunner:
 
     # -- start-up
 
-    def _load(self, progress: bool) -> None:
+    def _make_model(self) -> PackedModel | None:
+        """The model without its weights, and itself once more if it packs them."""
         model = self._config.model
-        used = self._platform.memory_used_bytes()
         with torch.device(self._device), _default_dtype(self._dtype):
             self._model = create_model(model.hf_config, model.max_model_len)
         self._model.eval().requires_grad_(False)
-        packed_model = quantize(self._model, model.quantization)
-        self._loaded = load_weights(self._model, model, progress, packed_model)
-        if self._is_native:
-            stack_layers(self._model)
         self._backend = get_backend(self._config.runner.attention_backend)
-        self._platform.synchronize()
+        return quantize(self._model, model.quantization)
+
+    def _load_and_compile(self, packed_model: PackedModel | None, progress: bool) -> None:
+        """On a GPU both at once: one waits for files, the other for compilers."""
+        if self._device.type == "cpu":  # nothing to compile, and threads are counted by thread
+            self._load(packed_model, progress)
+            return
+        with ThreadPoolExecutor(1, "load") as pool:
+            loading = pool.submit(torch.inference_mode()(self._load), packed_model, progress)
+            with self.report.phase("compile"):
+                self._compile_kernels()
+            loading.result()
+
+    def _load(self, packed_model: PackedModel | None, progress: bool) -> None:
+        with self.report.phase("load"):
+            self._loaded = load_weights(self._model, self._config.model, progress, packed_model)
+            if self._is_native:
+                stack_layers(self._model)
+            self._platform.synchronize()
+
+    def _measure_weights(self, used_bytes: int) -> None:
+        """Those and nothing else should now be held, besides what was before."""
+        self._kv = ()
+        self._platform.trim_memory()
         self._weights_end_bytes = self._platform.memory_used_bytes()
-        resident_bytes = max(0, self._weights_end_bytes - used)
+        resident_bytes = max(0, self._weights_end_bytes - used_bytes)
         self.report.memory_bytes["weights"] = max(resident_bytes, self._loaded.mapped_bytes)
 
     def _make_rows(self) -> None:
@@ -155,8 +176,6 @@ class ModelRunner:
 
     def _compile_kernels(self) -> None:
         """Go through a step of each kind that kernels are compiled for, launching none."""
-        if self._device.type == "cpu":
-            return
         self._allocate(1)
         if self._backend.name != "triton":
             return
@@ -208,8 +227,7 @@ class ModelRunner:
         reserve_bytes = max(0, self._platform.memory_peak_bytes() - self._weights_end_bytes)
         self.report.memory_bytes["workspace"] = reserve_bytes
         self._kv = ()
-        gc.collect()
-        torch.cuda.empty_cache()
+        self._platform.trim_memory()
         return reserve_bytes
 
     def _make_cache(self, reserve_bytes: int) -> None:
