@@ -143,6 +143,7 @@ def test_only_what_the_backend_allows_is_captured(
     assert runner._chunk_graphs is not None
     assert set(runner._decode_graphs.ladder) == {s for s, *_ in runner._decode_graphs._captured}
     assert bool(runner._chunk_graphs._captured) == captures_chunks
+    assert (runner._chunk_graphs.largest is not None) == captures_chunks
     core.close()
     eager, runner = engine(folder, backend, graphs=False)
     assert drive(eager) == tokens
