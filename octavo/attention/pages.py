@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
 from octavo.attention.base import AttentionBatch
 
@@ -25,27 +27,28 @@ class Pages:
 def find_pages(batch: AttentionBatch, block_size: int) -> Pages:
     """The pages of all that is no decode; nothing waits for the device."""
     first, tables = batch.num_decodes, batch.block_tables
-    device, width = tables.device, tables.shape[1]
-    query_lens = torch.tensor(batch.query_lens[first:], dtype=torch.int32)
-    seq_lens = torch.tensor(batch.host_seq_lens[first:], dtype=torch.int32)
-    num_pages = (seq_lens + block_size - 1) // block_size
-    page_starts, query_starts = _starts(num_pages), _starts(query_lens)
+    query_lens = np.array(batch.query_lens[first:], np.int32)
+    seq_lens = np.array(batch.host_seq_lens[first:], np.int32)
+    num_pages = -(-seq_lens // block_size)
+    query_starts, page_starts = _starts(query_lens), _starts(num_pages)
     last_page_lens = seq_lens - (num_pages - 1) * block_size
-    seqs = torch.repeat_interleave(torch.arange(len(seq_lens)), num_pages)
-    cols = torch.arange(len(seqs)) - page_starts[seqs]
-    places = _pinned((first + seqs) * width + cols, device).to(device, non_blocking=True)
+    # Page j of all is entry j - page_starts[i] in row i of the tables.
+    offsets = np.arange(first, len(tables)) * tables.shape[1] - page_starts[:-1]
+    places = np.arange(page_starts[-1]) + np.repeat(offsets, num_pages)
     host = (query_starts, page_starts, last_page_lens, seq_lens)
-    packed = _pinned(torch.cat(host), device)
-    query_starts, page_starts, last_page_lens, seq_lens = torch.split(packed, [*map(len, host)])
+    packed = _fetchable(np.concatenate(host), tables.device)
+    queries, pages, last_lens, lens = torch.split(packed, [*map(len, host)])
+    entries = _fetchable(places, tables.device).to(tables.device, non_blocking=True)
     first_row = sum(batch.query_lens[:first])
     rows = slice(first_row, first_row + int(query_starts[-1]))
-    return Pages(rows, query_starts, page_starts, last_page_lens, seq_lens, tables.take(places))
+    return Pages(rows, queries, pages, last_lens, lens, tables.take(entries))
 
 
-def _starts(lens: torch.Tensor) -> torch.Tensor:
-    return F.pad(lens.cumsum(0), (1, 0)).to(torch.int32)
+def _starts(lens: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    return np.concatenate([[0], lens.cumsum()]).astype(np.int32)
 
 
-def _pinned(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """So that the device can fetch it in its own time."""
-    return host if device.type == "cpu" else host.pin_memory()
+def _fetchable(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """On the host, where the device can fetch it in its own time."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory()
