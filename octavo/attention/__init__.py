@@ -24,9 +24,17 @@ def _make_triton() -> AttentionBackend:
     return TritonAttention()
 
 
+def _make_flashinfer() -> AttentionBackend:
+    # An optional package, whose import takes seconds.
+    from octavo.attention.flashinfer_backend import FlashInferAttention
+
+    return FlashInferAttention()
+
+
 BACKENDS: dict[str, Callable[[], AttentionBackend]] = {
     TorchAttention.name: TorchAttention,
     "triton": _make_triton,
+    "flashinfer": _make_flashinfer,
     NativeAttention.name: NativeAttention,
 }
 

@@ -6,6 +6,7 @@ never given to a request: padding may point at it and write to it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -86,7 +87,10 @@ class AttentionBackend(Protocol):
     """One attention implementation. Stateless: everything comes in by argument."""
 
     name: str
-    supports_graphs: bool  # whether decode steps may be captured: nothing depends on host values
+    # Which steps may be captured, since nothing that attends to them depends on the host's values.
+    captures_decodes: bool  # those of decodes alone
+    captures_chunks: bool  # all others
+    compiles_ahead: bool  # whether `launch.compiling` prepares its kernels
 
     def forward(
         self,
@@ -119,5 +123,20 @@ class PackedAttention(Protocol):
     ) -> torch.Tensor:  # [num_queries, num_heads, head_dim]
         """Norm and rotate queries and keys, then as `AttentionBackend.forward`; qkv may be
         overwritten.
+        """
+        ...
+
+
+@runtime_checkable
+class PreparedAttention(Protocol):
+    """A backend that cannot take any model, or has to get ready for one."""
+
+    def prepare(
+        self, specs: Sequence[AttentionSpec], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Once, before the first step; what it allocates stays.
+
+        Raises:
+            ConfigError: it cannot attend to such layers, or not on this machine.
         """
         ...

@@ -52,7 +52,7 @@ class NativeAttention:
     """
 
     name = "native"
-    supports_graphs = False
+    captures_decodes = captures_chunks = compiles_ahead = False
 
     def __init__(self) -> None:
         self._library = load()

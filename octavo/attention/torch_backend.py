@@ -70,7 +70,7 @@ class TorchAttention:
     """
 
     name = "torch"
-    supports_graphs = False
+    captures_decodes = captures_chunks = compiles_ahead = False
 
     def __init__(self) -> None:
         self._batch: AttentionBatch | None = None

@@ -27,7 +27,7 @@ class TritonAttention:
     """
 
     name = "triton"
-    supports_graphs = True
+    captures_decodes = captures_chunks = compiles_ahead = True
 
     def __init__(self) -> None:
         self._workspace = DecodeWorkspace()
@@ -64,6 +64,7 @@ class TritonAttention:
         return self._attend(batch.pick(query), kv, batch, spec, qkv if packs else None)
 
     def _can_pack(self, qkv: torch.Tensor, spec: AttentionSpec) -> bool:
+        """Whether chunks may find their keys outside the cache."""
         is_plain = spec.sliding_window is None and spec.logit_softcap is None
         return (
             is_plain
@@ -100,11 +101,23 @@ class TritonAttention:
                 shared=_attend_shared(query[:num_queries], kv, batch, spec),
             )
         if len(batch.query_lens) > num_decodes:
-            if qkv is not None and (batch.is_fresh or batch.key_starts is not None):
-                _attend_packed(query, out, qkv, kv, batch, spec)
-            else:
-                _attend_paged(query, out, kv, batch, spec)
+            self._attend_chunks(query, out, qkv, kv, batch, spec)
         return out
+
+    def _attend_chunks(
+        self,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        qkv: torch.Tensor | None,
+        kv: KVLayer,
+        batch: AttentionBatch,
+        spec: AttentionSpec,
+    ) -> None:
+        """Fill the rows of `out` that belong to chunks. Their keys are in the cache."""
+        if qkv is not None and (batch.is_fresh or batch.key_starts is not None):
+            _attend_packed(query, out, qkv, kv, batch, spec)
+        else:
+            _attend_paged(query, out, kv, batch, spec)
 
 
 def _attend_paged(

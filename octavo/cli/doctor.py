@@ -16,6 +16,7 @@ from octavo.config import DeviceInfo
 _PACKAGES = {
     "torch": "the engine",
     "triton": "kernels on a GPU",
+    "flashinfer-python": "attention on a GPU, if asked for",
     "tokenizers": "text",
     "safetensors": "weights",
     "gguf": "GGUF files",
@@ -83,7 +84,8 @@ def _show_device(info: DeviceInfo, *, is_chosen: bool) -> None:
         f"    dtype       {info.default_dtype}, {_why(info)} (supported: {', '.join(info.dtypes)})"
     )
     backends = ", ".join(info.attention_backends)
-    print(f"    attention   {info.attention_backends[0]} (available: {backends})")
+    missing = "".join(f"; {name}: {how}" for name, how in info.missing_backends.items())
+    print(f"    attention   {info.attention_backends[0]} (available: {backends}{missing})")
     print(f"    graphs      {'yes' if info.supports_graphs else 'no'}")
 
 

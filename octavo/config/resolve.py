@@ -223,12 +223,17 @@ def _attention_backend(args: EngineArgs, device: DeviceInfo, quantization: Quant
         if device.kind == "cpu" and quantization == "none":
             return "torch"  # else two thread pools would take turns on the same cores
         return device.attention_backends[0]
-    if args.attention_backend not in device.attention_backends:
+    if args.attention_backend in device.attention_backends:
+        return args.attention_backend
+    choices = f"choose one of {', '.join(device.attention_backends)}."
+    if args.attention_backend in device.missing_backends:
         raise ConfigError(
-            f"attention_backend {args.attention_backend!r} is not available on {device.name}; "
-            f"choose one of {', '.join(device.attention_backends)}."
+            f"attention_backend {args.attention_backend!r} is not installed. Install it with: "
+            f"{device.missing_backends[args.attention_backend]}, or {choices}"
         )
-    return args.attention_backend
+    raise ConfigError(
+        f"attention_backend {args.attention_backend!r} is not available on {device.name}; {choices}"
+    )
 
 
 def _eos_token_ids(*configs: Mapping[str, Any]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,8 @@ class DeviceInfo:
     default_dtype: DType  # used where the checkpoint's own dtype is slow or missing here
     dtypes: tuple[DType, ...]  # supported, fastest first
     attention_backends: tuple[str, ...]  # available, preferred first
+    # Backends that another package would bring, and how to install it.
+    missing_backends: Mapping[str, str] = field(default_factory=dict)
     supports_graphs: bool = False
     quantizations: tuple[Quantization, ...] = ()  # available, preferred first
 

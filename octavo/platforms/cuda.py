@@ -28,6 +28,7 @@ class CudaPlatform:
         dtypes: tuple[DType, ...] = (
             ("bfloat16", "float16", "float32") if properties.major >= 8 else ("float16", "float32")
         )
+        backends, missing = _attention_backends()
         return DeviceInfo(
             kind="cuda",
             name=properties.name,
@@ -36,7 +37,8 @@ class CudaPlatform:
             num_cores=torch.get_num_threads(),
             default_dtype=dtypes[0],
             dtypes=dtypes,
-            attention_backends=_attention_backends(),
+            attention_backends=backends,
+            missing_backends=missing,
             supports_graphs=True,
         )
 
@@ -58,7 +60,14 @@ class CudaPlatform:
         return torch.cuda.mem_get_info(self.torch_device)[0]
 
 
-def _attention_backends() -> tuple[str, ...]:
-    """torch's CUDA builds bring Triton; others may lack it."""
-    has_triton = importlib.util.find_spec("triton") is not None
-    return ("triton", "torch") if has_triton else ("torch",)
+def _attention_backends() -> tuple[tuple[str, ...], dict[str, str]]:
+    """Those installed, preferred first, and how to get others. torch's CUDA builds bring Triton;
+    FlashInfer, which leaves decodes to it, is for NVIDIA alone.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return ("torch",), {}
+    if torch.version.hip is not None:
+        return ("triton", "torch"), {}
+    if importlib.util.find_spec("flashinfer") is None:
+        return ("triton", "torch"), {"flashinfer": "pip install 'octavo[flashinfer]'"}
+    return ("triton", "flashinfer", "torch"), {}

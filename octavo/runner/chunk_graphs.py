@@ -83,6 +83,9 @@ class ChunkGraphs:
 
     Padding tokens belong to no sequence: their attention is undefined, their keys and values go to
     block 0, and nothing reads either. Padding sequences are empty.
+
+    Args:
+        max_tokens: of the largest graph; 0: there are none.
     """
 
     def __init__(self, model: StepModel, capturer: Capturer, max_tokens: int) -> None:
@@ -95,8 +98,10 @@ class ChunkGraphs:
         self._captured: dict[tuple[StepSize, bool], _Chunks] = {}
 
     @property
-    def largest(self) -> StepSize:
-        """What needs the most memory."""
+    def largest(self) -> StepSize | None:
+        """What needs the most memory; None where no step is captured."""
+        if not self.token_ladder:
+            return None
         ladders = self.token_ladder, self.decode_ladder, self.chunk_ladder
         num_tokens, num_decodes, num_chunks = (ladder[-1] for ladder in ladders)
         return StepSize(num_tokens, num_decodes, num_chunks, is_fresh=False)

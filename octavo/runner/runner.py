@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from octavo.attention import get_backend
-from octavo.attention.base import AttentionBatch, KVLayer
+from octavo.attention.base import AttentionBatch, KVLayer, PreparedAttention
 from octavo.attention.context import ForwardContext
 from octavo.config import EngineConfig
 from octavo.kernels import launch
@@ -177,7 +177,9 @@ class ModelRunner:
     def _compile_kernels(self) -> None:
         """Go through a step of each kind that kernels are compiled for, launching none."""
         self._allocate(1)
-        if self._backend.name != "triton":
+        if isinstance(self._backend, PreparedAttention):
+            self._backend.prepare(self._model.attention_specs, self._dtype, self._device)
+        if not self._backend.compiles_ahead:
             return
         runner = self._config.runner
         longest = min(runner.max_num_batched_tokens, runner.max_model_len // 2)
@@ -221,7 +223,8 @@ class ModelRunner:
         if self._uses_graphs:
             decodes, chunks = self._new_graphs()
             decodes.capture(runner.max_num_seqs)
-            chunks.capture(chunks.largest)
+            if chunks.largest is not None:
+                chunks.capture(chunks.largest)
             del decodes, chunks
         self._platform.synchronize()
         reserve_bytes = max(0, self._platform.memory_peak_bytes() - self._weights_end_bytes)
@@ -245,7 +248,7 @@ class ModelRunner:
 
     @property
     def _uses_graphs(self) -> bool:
-        return not self._config.runner.enforce_eager and self._backend.supports_graphs
+        return not self._config.runner.enforce_eager and self._backend.captures_decodes
 
     def _make_graphs(self) -> None:
         if not self._uses_graphs:
@@ -273,6 +276,8 @@ class ModelRunner:
         widest = max(parameter.shape[0] for parameter in self._layer_parameters())
         most_tokens = _CHUNK_GRAPH_BYTES // (widest * self._dtype.itemsize)
         max_tokens = min(runner.max_num_batched_tokens, most_tokens)
+        if not self._backend.captures_chunks:
+            max_tokens = 0
         return DecodeGraphs(model, capturer), ChunkGraphs(model, capturer, max_tokens)
 
     def _layer_parameters(self) -> Iterator[torch.nn.Parameter]:

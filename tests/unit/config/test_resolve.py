@@ -229,6 +229,18 @@ def test_refused(options: dict[str, Any], message: str) -> None:
         resolved(**options)
 
 
+def test_a_backend_that_could_be_installed_is_said_how() -> None:
+    install = {"optional": "pip install 'octavo[optional]'"}
+    device = dataclasses.replace(GPU, missing_backends=install)
+    message = r"'optional' is not installed.*: pip install 'octavo\[optional\]', or .* quick, torch"
+    with pytest.raises(ConfigError, match=message):
+        resolved(device, attention_backend="optional")
+    assert resolved(device).runner.attention_backend == "quick"
+    installed = dataclasses.replace(GPU, attention_backends=("quick", "optional", "torch"))
+    assert resolved(installed).runner.attention_backend == "quick"
+    assert resolved(installed, attention_backend="optional").runner.attention_backend == "optional"
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

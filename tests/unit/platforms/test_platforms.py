@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 
 import pytest
 import torch
 
 from octavo import platforms
+from octavo.cli import doctor
 from octavo.errors import ConfigError
 from octavo.kernels.cpu.library import is_available
 from octavo.platforms import CpuPlatform, CudaPlatform, detect
@@ -115,6 +117,34 @@ def test_cuda_dtypes_follow_its_generation(monkeypatch, major, dtype):
     info = platform.info()
     assert (info.kind, info.default_dtype, info.supports_graphs) == ("cuda", dtype, True)
     assert (info.total_memory_bytes, info.free_memory_bytes) == (80 * GIB, 70 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("packages", "hip", "available", "missing"),
+    [
+        ({"triton", "flashinfer"}, None, ("triton", "flashinfer", "torch"), set()),
+        ({"triton"}, None, ("triton", "torch"), {"flashinfer"}),
+        ({"triton", "flashinfer"}, "7.0", ("triton", "torch"), set()),
+        ({"flashinfer"}, None, ("torch",), set()),  # decodes would have no kernel
+    ],
+)
+def test_attention_on_a_gpu_follows_what_is_installed(
+    monkeypatch, capsys, packages, hip, available, missing
+):
+    class Properties:
+        name, total_memory, major = "Some GPU", 80 * GIB, 9
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in packages or None)
+    info = CudaPlatform(0).info()
+    assert info.attention_backends == available
+    assert set(info.missing_backends) == missing
+    doctor._show_device(info, is_chosen=True)
+    shown = capsys.readouterr().out
+    assert f"(available: {', '.join(available)}" in shown
+    assert ("pip install 'octavo[flashinfer]'" in shown) == bool(missing)
 
 
 def test_other_kinds_plug_in_by_entry_point(monkeypatch):
