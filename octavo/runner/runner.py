@@ -213,6 +213,7 @@ class ModelRunner:
                 self.submit(_warm_up_plan(1, 1)).wait()
                 self._kv = ()
             return self._loaded.mapped_bytes
+        self._allocate(1)
         runner = self._config.runner
         chunk_len = min(runner.max_num_batched_tokens, runner.max_model_len)
         num_rows = min(runner.max_num_seqs, runner.max_num_batched_tokens // chunk_len)
