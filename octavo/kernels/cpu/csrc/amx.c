@@ -128,11 +128,11 @@ static void multiply_square(const uint16_t *rows, const uint16_t *weights, int32
             _mm_prefetch((const char *)(rows + next + CELLS + line * GROUP), _MM_HINT_T0);
         }
         _tile_loadd(4, rows, STRIDE);
-        _tile_loadd(6, weights, STRIDE);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, weights + next, STRIDE);
-        _tile_dpbf16ps(1, 4, 7);
         _tile_loadd(5, rows + next, STRIDE);
+        _tile_loadd(6, weights, STRIDE);
+        _tile_loadd(7, weights + next, STRIDE);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
