@@ -7,7 +7,8 @@
     ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
 #if defined(__clang__)
 #pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16"))), \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c," \
+                          "amx-tile,amx-bf16"))), \
     apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")
@@ -22,6 +23,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define CELLS (TILE * GROUP) /* bfloat16s of a tile */
 #define STRIDE (GROUP * sizeof(uint16_t))
+#define SQUARE (2 * TILE) /* rows and outputs whose sums fill four tiles */
 
 static __m512i two_as_bfloats(__m512 first, __m512 second) {
     return (__m512i)_mm512_cvtne2ps_pbh(second, first);
@@ -112,11 +114,11 @@ static void widen(const matrix *m, int32_t panel, uint16_t *to) {
         widen_panel(Q4_0, from, m->num_groups, to);
 }
 
-/* sums: 32 rows of 32 outputs, as four tiles. Rows and weights of the second tiles lie `next` after
- * those of the first; the next rows to come are fetched ahead. Tile loads cost as much as products, so
- * each is used twice. */
+/* 32 rows of 32 outputs, to rows that lie `out_bytes` apart. Those of the second tiles, and their
+ * weights, lie `next` after those of the first; rows to come are fetched ahead. Tile loads cost as
+ * much as products, so each is used twice. */
 static void multiply_square(const uint16_t *rows, const uint16_t *weights, int32_t num_groups,
-                            int64_t next, float *sums) {
+                            int64_t next, float *out, int64_t out_bytes) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -136,15 +138,16 @@ static void multiply_square(const uint16_t *rows, const uint16_t *weights, int32
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + 256, 64);
-    _tile_stored(2, sums + 512, 64);
-    _tile_stored(3, sums + 768, 64);
+    float *lower = (float *)((char *)out + TILE * out_bytes);
+    _tile_stored(0, out, out_bytes);
+    _tile_stored(1, out + TILE, out_bytes);
+    _tile_stored(2, lower, out_bytes);
+    _tile_stored(3, lower + TILE, out_bytes);
 }
 
-/* The same for up to 16 rows: the upper two tiles. */
+/* The upper 16 rows of it. */
 static void multiply_strip(const uint16_t *rows, const uint16_t *weights, int32_t num_groups,
-                           int64_t next, float *sums) {
+                           int64_t next, float *out, int64_t out_bytes) {
     _tile_zero(0);
     _tile_zero(1);
     for (int32_t g = 0; g < num_groups; g++, rows += CELLS, weights += CELLS) {
@@ -154,19 +157,21 @@ static void multiply_strip(const uint16_t *rows, const uint16_t *weights, int32_
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
     }
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + 256, 64);
+    _tile_stored(0, out, out_bytes);
+    _tile_stored(1, out + TILE, out_bytes);
 }
 
-/* Those of a tile's sums that are somebody's, to where they belong. */
-static void put(const float *sums, const float *bias, float *out, int64_t out_stride,
+/* Those of a square's sums that are somebody's, with the bias, to where they belong. */
+static void put(const float *square, const float *bias, float *out, int64_t out_stride,
                 int64_t num_rows, int32_t num_outputs) {
-    const __mmask16 mask = (__mmask16)((1u << (num_outputs < TILE ? num_outputs : TILE)) - 1);
-    const __m512 add = bias ? _mm512_maskz_loadu_ps(mask, bias) : _mm512_setzero_ps();
-    for (int64_t row = 0; row < num_rows; row++, sums += TILE, out += out_stride) {
-        __m512 sum = _mm512_loadu_ps(sums);
-        if (bias) sum = _mm512_add_ps(sum, add); /* else -0 would become 0 */
-        _mm512_mask_storeu_ps(out, mask, sum);
+    for (int32_t half = 0; half < SQUARE && half < num_outputs; half += TILE) {
+        const __mmask16 mask = (__mmask16)((1u << least(num_outputs - half, TILE)) - 1);
+        const __m512 add = bias ? _mm512_maskz_loadu_ps(mask, bias + half) : _mm512_setzero_ps();
+        for (int64_t row = 0; row < num_rows; row++) {
+            __m512 sum = _mm512_loadu_ps(square + row * SQUARE + half);
+            if (bias) sum = _mm512_add_ps(sum, add); /* else -0 would become 0 */
+            _mm512_mask_storeu_ps(out + row * out_stride + half, mask, sum);
+        }
     }
 }
 
@@ -186,25 +191,25 @@ static void multiply_pair(const matrix *m, const uint16_t *tiles, int64_t row_be
                           int64_t row_end, const float *bias, float *out, int64_t out_stride,
                           int32_t pair) {
     const int64_t next = (int64_t)m->num_groups * CELLS;
-    const int32_t column = pair * 2 * TILE, num_outputs = m->out_features - column;
+    const int32_t column = pair * SQUARE, num_outputs = m->out_features - column;
     uint16_t *weights = weight_tiles(2 * next * sizeof(uint16_t));
     widen(m, 2 * pair, weights);
     if (num_outputs > TILE) widen(m, 2 * pair + 1, weights + next); /* else they are any */
-    for (int64_t row = row_begin; row < row_end; row += 2 * TILE) {
-        float sums[4 * 256] __attribute__((aligned(64)));
+    out += column;
+    for (int64_t row = row_begin; row < row_end; row += SQUARE) {
+        float square[SQUARE * SQUARE] __attribute__((aligned(64)));
         const uint16_t *rows = tiles + row / TILE * next;
+        const int64_t num_rows = least(row_end - row, SQUARE);
+        const int is_whole = !bias && num_rows == SQUARE && num_outputs >= SQUARE;
+        float *to = is_whole ? out + row * out_stride : square;
         __asm__ volatile("" ::: "memory"); /* tile loads do not say what they read */
-        (row + TILE < row_end ? multiply_square : multiply_strip)(rows, weights, m->num_groups,
-                                                                   next, sums);
+        (num_rows > TILE ? multiply_square : multiply_strip)(
+            rows, weights, m->num_groups, next, to,
+            (is_whole ? out_stride : SQUARE) * (int64_t)sizeof(float));
         __asm__ volatile("" ::: "memory");
-        for (int t = 0; t < 4; t++) {
-            int64_t first = row + t / 2 * TILE;
-            int32_t shift = t % 2 * TILE;
-            if (first >= row_end || shift >= num_outputs) continue;
-            put(sums + t * 256, bias ? bias + column + shift : NULL,
-                out + first * out_stride + column + shift, out_stride, least(TILE, row_end - first),
-                num_outputs - shift);
-        }
+        if (!is_whole)
+            put(square, bias ? bias + column : NULL, out + row * out_stride, out_stride, num_rows,
+                num_outputs);
     }
 }
 
