@@ -70,6 +70,9 @@ class AttentionBatch:
     max_seq_len: int
     query_lens: tuple[int, ...]  # the same on the host, for backends that loop
     host_seq_lens: tuple[int, ...]
+    # How many of each sequence's tokens are its prompt, where anybody asks. The others were
+    # generated, and remain so when they are computed again after a preemption.
+    prompt_lens: tuple[int, ...] = ()
     shared: SharedPrefix | None = None
     is_fresh: bool = False  # no sequence but the decodes has a context
     # Set where it pays to copy the keys of all but the decodes out of the cache first: where each

@@ -29,7 +29,8 @@ class NativeBatch:
         num_seqs = len(batch.query_lens)
         lens = torch.tensor((batch.query_lens, batch.host_seq_lens), dtype=torch.int32)
         slots, tables = batch.slot_mapping.contiguous(), batch.block_tables.contiguous()
-        self._owned = (lens, slots, tables, batch.queries)  # what the pointers lead to
+        roles = torch.tensor(role_ends(batch), dtype=torch.int64)
+        self._owned = (lens, slots, tables, batch.queries, roles)  # what the pointers lead to
         self.pointer = byref(
             Batch(
                 slots.data_ptr(),
@@ -41,8 +42,33 @@ class NativeBatch:
                 num_seqs,
                 block_size,
                 None if batch.queries is None else batch.queries.data_ptr(),
+                roles.data_ptr(),
+                len(roles),
             )
         )
+
+
+def role_ends(batch: AttentionBatch) -> list[int]:
+    """Where the roles of a batch's queries change: those below the first number were generated,
+    those from there to the second are of prompts, and so on in turns. Where nobody knows prompts,
+    all were generated.
+
+    A query's role follows from its position alone: it decides how matrices are multiplied with it,
+    and so its bits.
+    """
+    ends = [0]
+    prompt_lens = batch.prompt_lens or (0,) * len(batch.query_lens)
+    for num_queries, seq_len, prompt_len in zip(
+        batch.query_lens, batch.host_seq_lens, prompt_lens, strict=True
+    ):
+        num_prompt = min(max(prompt_len - seq_len + num_queries, 0), num_queries)
+        for is_prompt, length in ((1, num_prompt), (0, num_queries - num_prompt)):
+            if not length:
+                continue
+            if len(ends) % 2 == is_prompt:  # the last role is the other one
+                ends.append(ends[-1])
+            ends[-1] += length
+    return ends
 
 
 class NativeAttention:

@@ -3,6 +3,7 @@
 Q4_0, Q4_1 and Q8_0 matrices of a .gguf file are used exactly as they are, any other is rounded to
 Q8_0. Activations are rounded to 8 bits with a scale per row and group of 32 inputs: one scale per
 row would be spoiled by the few large values that the residual stream of most models carries.
+Prompts are multiplied in bfloat16 where a CPU has tiles for it.
 """
 
 from __future__ import annotations

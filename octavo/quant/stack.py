@@ -3,7 +3,8 @@
 At one token a layer is some 200 microseconds of work, and nine calls from Python cost half as much
 again. So once the weights are loaded, layers of the plain pre-norm shape are replaced by one module
 that hands the whole stack to the native kernels: the same kernels in the same order, so the result
-is the same to the last bit.
+is the same to the last bit. Except for prompts on AMX: they are multiplied in bfloat16 here,
+because a stack knows which rows are of a prompt, and a layer does not (docs/decisions/0012).
 """
 
 from __future__ import annotations

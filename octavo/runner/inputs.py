@@ -64,6 +64,7 @@ def last_layer_batch(
     seq_lens: torch.Tensor,  # [n] int32, of their sequences; 0: padding
     block_tables: torch.Tensor,  # [n, max_blocks] int32
     host_seq_lens: Sequence[int],  # the same on the host, or bounds
+    prompt_lens: Sequence[int] = (),
 ) -> AttentionBatch:
     """For the last layer: each sampled token attends as if its step were a decode."""
     num_queries = len(queries)
@@ -78,6 +79,7 @@ def last_layer_batch(
         max_seq_len=max(host_seq_lens),
         query_lens=(1,) * num_queries,
         host_seq_lens=tuple(host_seq_lens),
+        prompt_lens=tuple(prompt_lens),
         queries=queries,
     )
 
@@ -111,7 +113,7 @@ def build_inputs(
         },
         rows.block_tables.device,
     )
-    batch = _batch(plan, seq_lens, sent, rows.block_tables, block_size)
+    batch = _batch(plan, seq_lens, sent, rows, block_size)
     last_batch = None
     sample_indices: torch.Tensor | slice = sent["last_tokens"][:num_samples]
     if not want_all and len(last_seqs) < num_tokens:
@@ -121,6 +123,7 @@ def build_inputs(
             batch.seq_lens[sent["last_seqs"]],
             batch.block_tables[sent["last_seqs"]],
             seq_lens[last_seqs].tolist(),
+            rows.prompt_lens[plan.rows[last_seqs]].tolist(),
         )
         sample_indices = slice(num_samples)
     decode_ids = rows.last_token_ids[sent["seq_rows"][: plan.num_decodes]]
@@ -149,10 +152,11 @@ def _batch(
     plan: StepPlan,
     host_seq_lens: npt.NDArray[np.int32],
     sent: Mapping[str, torch.Tensor],
-    block_tables: torch.Tensor,
+    rows: DeviceRows,
     block_size: int,
 ) -> AttentionBatch:
     num_decodes, num_keys = plan.num_decodes, count_gathered(plan)
+    block_tables = rows.block_tables
     positions = sent["positions"]
     max_seq_len = int(host_seq_lens.max())
     max_blocks = -(-max_seq_len // block_size)
@@ -167,6 +171,7 @@ def _batch(
         max_seq_len=max_seq_len,
         query_lens=tuple(plan.chunk_lens.tolist()),
         host_seq_lens=tuple(host_seq_lens.tolist()),
+        prompt_lens=tuple(rows.prompt_lens[plan.rows].tolist()),
         is_fresh=is_fresh(plan),
         key_starts=_starts(sent["seq_lens"][num_decodes:]) if num_keys else None,
         num_keys=num_keys,

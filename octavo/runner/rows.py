@@ -34,11 +34,15 @@ class DeviceRows:
         shape = (num_rows + 1, max_blocks)
         self.block_tables = torch.zeros(shape, dtype=torch.int32, device=device)
         self.last_token_ids = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
+        # On the host: how many of a row's tokens its request came with.
+        self.prompt_lens = np.zeros(num_rows + 1, np.int32)
         # Positions whose KV is in the cache: where a row's next token goes.
         self.num_computed = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
 
     def update(self, plan: StepPlan) -> None:
-        """Take over the plan's new block-table entries."""
+        """Take over the plan's admissions and new block-table entries."""
+        for admission in plan.admitted:
+            self.prompt_lens[admission.row] = len(admission.request.prompt_token_ids)
         if len(plan.block_ids):
             packed = np.stack([plan.block_rows, plan.block_cols, plan.block_ids])
             rows, cols, block_ids = to_device(packed, self.device)

@@ -28,6 +28,7 @@ class PagedCache:
     kv: tuple[KVLayer, ...] = field(init=False)
     tables: dict[int, list[int]] = field(default_factory=dict)  # by sequence
     lens: dict[int, int] = field(default_factory=dict)  # positions computed, by sequence
+    prompt_lens: dict[int, int] = field(default_factory=dict)  # by sequence; 0 where there is none
 
     def __post_init__(self) -> None:
         self._free = list(range(1, self.num_blocks))
@@ -79,6 +80,7 @@ class PagedCache:
             max_seq_len=max(seq_lens),
             query_lens=query_lens,
             host_seq_lens=seq_lens,
+            prompt_lens=tuple(self.prompt_lens.get(seq, 0) for seq, _ in chunks),
         )
 
     def ends(self, batch: AttentionBatch, seqs: Sequence[int]) -> AttentionBatch:
@@ -88,7 +90,10 @@ class PagedCache:
         index = torch.tensor(seqs, device=self.device)
         queries = batch.query_starts[1:][index].long() - 1
         seq_lens, tables = batch.seq_lens[index], batch.block_tables[index]
-        return last_layer_batch(batch.slot_mapping, queries, seq_lens, tables, seq_lens.tolist())
+        prompt_lens = [batch.prompt_lens[seq] for seq in seqs]
+        return last_layer_batch(
+            batch.slot_mapping, queries, seq_lens, tables, seq_lens.tolist(), prompt_lens
+        )
 
     def positions(self, chunks: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Of the tokens of the step that was just built from these chunks."""

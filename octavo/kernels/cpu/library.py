@@ -62,6 +62,8 @@ class Batch(ctypes.Structure):
         ("num_seqs", c_int32),
         ("block_size", c_int32),
         ("queries", c_void_p),
+        ("role_ends", c_void_p),
+        ("num_roles", c_int32),
     )
 
 
@@ -94,7 +96,10 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "octavo_pack": (None, (POINTER(Matrix), c_void_p, c_int64, c_int64)),
     "octavo_to_q8_0": (None, (c_void_p, c_int32, c_int64, c_int64, c_void_p)),
     "octavo_lookup": (None, (POINTER(Matrix), c_void_p, c_int64, c_void_p)),
-    "octavo_linear": (None, (POINTER(Matrix), c_void_p, c_int64, c_int64, c_void_p, c_void_p)),
+    "octavo_linear": (
+        None,
+        (POINTER(Matrix), c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int32),
+    ),
     "octavo_rms_norm": (
         None,
         (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int32),
@@ -151,8 +156,9 @@ def is_available() -> bool:
 
 
 def use_isa(name: str) -> bool:
-    """Switch to an instruction set ("generic", "avx2", "avx512", "neon"; "" is the best); False if
-    this CPU lacks it. Matrices packed before become unreadable: for tests and comparisons.
+    """Switch to an instruction set ("generic", "avx2", "avx512", "amx", "neon"; "" is the best);
+    False if this CPU lacks it. Matrices packed before become unreadable, except that "avx512" and
+    "amx" read each other's: for tests and comparisons.
     """
     library = load()
     return library is not None and library.octavo_use_isa(name.encode()) is not None

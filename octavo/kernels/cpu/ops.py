@@ -3,6 +3,9 @@
 All work on float32 tensors in main memory; `takes` says whether a tensor is one of those that they
 are there for. Those that choose tokens (sample, rate, penalise) are there for any that `suits`. A
 row's result never depends on the rows around it, bit for bit, nor on the number of threads.
+
+On AMX, rows of prompts are multiplied in another way than those that were generated: which of them
+a row is must not depend on its batch either. Only whole stacks of layers (`quant.stack`) know.
 """
 
 from __future__ import annotations
@@ -104,10 +107,13 @@ class PackedMatrix:
         blocks = blocks.contiguous()
         self._library.octavo_pack(self._pointer, blocks.data_ptr(), row, len(blocks))
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, *, is_prompt: bool = False
+    ) -> torch.Tensor:
         """x @ self.T + bias, with x rounded to 8 bits per row and group of 32.
 
-        x: [..., in_features] float32; the result [..., out_features].
+        x: [..., in_features] float32; the result [..., out_features]. With `is_prompt`, where the
+        instruction set is "amx", x and self are rounded to bfloat16 instead.
         """
         out_features, in_features = self.shape
         if x.stride(-1) != 1 or x.ndim != 2:
@@ -121,6 +127,7 @@ class PackedMatrix:
             x.stride(0),
             None if bias is None else bias.data_ptr(),
             out.data_ptr(),
+            is_prompt,
         )
         return out
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not library.is_available(), reason="not built: n
 KINDS = list(ops.KINDS)
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512", "neon"])
+@pytest.fixture(params=["generic", "avx2", "avx512", "amx", "neon"])
 def isa(request):
     if not library.use_isa(request.param):
         pytest.skip("this CPU lacks it")
@@ -60,7 +60,7 @@ PACKED = {
     (16, "Q4_1"): "6540a764db6faeb1",
     (16, "Q8_0"): "276fd502bf4c272e",
 }
-LANES = {"generic": 4, "neon": 4, "avx2": 8, "avx512": 16}
+LANES = {"generic": 4, "neon": 4, "avx2": 8, "avx512": 16, "amx": 16}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,6 +111,40 @@ def test_matrix(isa, kind, out, size):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("out", "size"), [(1, 32), (37, 64), (33, 96), (96, 576), (101, 1536)])
+def test_matrix_times_prompts(isa, kind, out, size):
+    """In bfloat16 where there are tiles, else as everything else."""
+    torch.manual_seed(out)
+    blocks, weight = blocks_of(kind, torch.randn(out, size) / 20)
+    matrix = ops.PackedMatrix(kind, out, size)
+    matrix.fill(blocks)
+    bias = torch.randn(out)
+    for num_rows in (1, 16, 17, 61):
+        x = torch.randn(num_rows, 2 * size)[:, size:]
+        x[0], x[-1, :3] = 1e30, torch.tensor([0.0, 1e-42, -0.0])
+        got = matrix.multiply(x, bias, is_prompt=True)
+        if isa != "amx":
+            assert torch.equal(got, matrix.multiply(x, bias))
+            continue
+        short = [y.bfloat16().double() for y in (x, weight)]
+        expected = (short[0] @ short[1].T + bias).float()
+        torch.testing.assert_close(got[1:], expected[1:], atol=2e-5, rtol=0)
+        torch.testing.assert_close(got[0], expected[0], atol=1e25, rtol=0)
+        assert torch.equal(
+            matrix.multiply(x, is_prompt=True), matrix.multiply(x, 0 * bias, is_prompt=True)
+        )
+
+
+def test_inputs_that_fill_no_group(isa):
+    weight, x = torch.randn(21, 50), torch.randn(18, 50)
+    matrix = ops.PackedMatrix("Q8_0", 21, 50)
+    matrix.fill(ops.to_q8_0(weight))
+    for is_prompt in (False, True):
+        got = matrix.multiply(x, is_prompt=is_prompt)
+        torch.testing.assert_close(got, x @ weight.T, atol=0.5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_extreme_values_do_not_overflow(isa, kind):
     """All products at their largest, of either sign."""
     blocks, _ = blocks_of(kind, torch.ones(3, 64))
@@ -131,18 +165,20 @@ def test_extreme_values_do_not_overflow(isa, kind):
         torch.testing.assert_close(got, (q * sign * 64).expand(9, 3), atol=0.01, rtol=1e-5)
 
 
+@pytest.mark.parametrize("is_prompt", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_has_the_same_bits_in_any_batch(isa, kind):
+def test_a_row_has_the_same_bits_in_any_batch(isa, kind, is_prompt):
     torch.manual_seed(0)
     blocks, _ = blocks_of(kind, torch.randn(77, 608))  # long enough for tiles of few rows
     matrix = ops.PackedMatrix(kind, 77, 608)
     matrix.fill(blocks)
     x = torch.randn(301, 608)
-    whole = matrix.multiply(x)
+    whole = matrix.multiply(x, is_prompt=is_prompt)
     parts = ((1, 0, 1), (2, 300, 1), (1, 5, 3), (2, 7, 13), (1, 40, 16), (3, 1, 17), (3, 100, 150))
     for num_threads, start, num in parts:
         library.set_threads(num_threads)
-        assert torch.equal(matrix.multiply(x[start : start + num]), whole[start : start + num])
+        got = matrix.multiply(x[start : start + num], is_prompt=is_prompt)
+        assert torch.equal(got, whole[start : start + num])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -37,14 +37,17 @@ class Twin(DenseMethod):
         return super().apply(layer, (steps * scale).reshape(x.shape), bias)
 
 
-def build(path, *, quantized: bool, stacked: bool = False):
+TWIN = Twin()
+
+
+def build(path, *, quantized: bool, stacked: bool = False, method: DenseMethod = TWIN):
     model = create_model(hf_config(GgufFile.open(path)), 128)
     if quantized:
         quantize(model, "int8")
     else:
         for layer in model.modules():
             if isinstance(layer, MatrixLayer) and layer.method is DENSE:
-                layer.method = Twin()
+                layer.method = method
     tensors = dict(iter_gguf(path))
     if not quantized:  # what is stored in full is rounded, too
         for name, tensor in tensors.items():
@@ -58,9 +61,9 @@ def build(path, *, quantized: bool, stacked: bool = False):
 class Run:
     """Steps of known tokens through a model with native attention."""
 
-    def __init__(self, model):
+    def __init__(self, model, prompt_lens=None):
         self.model, self.backend = model, get_backend("native")
-        self.cache = PagedCache(model.attention_specs, 64, 16)
+        self.cache = PagedCache(model.attention_specs, 64, 16, prompt_lens=prompt_lens or {})
 
     def step(self, *chunks, ends_of=None):
         batch, positions = self.cache.step(chunks), self.cache.positions(chunks)
@@ -129,6 +132,43 @@ def test_a_token_has_the_same_bits_in_any_batch_and_any_chunk(tmp_path, stacked)
     assert torch.equal(torch.cat(pieces), torch.cat([first[37:87], second[:1]]))
 
 
+PROMPTS = {0: 37, 1: 30, 2: 25, 3: 9}  # lengths, by sequence
+
+
+@pytest.mark.parametrize("qtype", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_prompt_and_what_was_generated_have_their_bits_however_they_are_computed(
+    tmp_path, stacked, qtype
+):
+    """Sequence 1 has 30 tokens of a prompt and 22 more, one by one, or computed again in chunks."""
+    path = tmp_path / "m.gguf"
+    write_gguf(path, qtype=qtype)
+    library.set_threads(2)
+    first = Run(build(path, quantized=True, stacked=stacked), PROMPTS)
+    again = first.step((0, 37), (1, 51), (2, 3))[37:88]
+    again = torch.cat([again, first.step((0, 1), (1, 1), (2, 40))[1:2]])
+    library.set_threads(1)
+    alone = Run(build(path, quantized=True, stacked=stacked), PROMPTS)
+    pieces = [alone.step((1, n)) for n in (1, 20, 2, 7)] + [alone.step((1, 1)) for _ in range(22)]
+    assert torch.equal(torch.cat(pieces), again)
+
+
+def test_tiles_are_for_prompts_alone(tmp_path):
+    """They round less than the others do."""
+    path = tmp_path / "m.gguf"
+    write_gguf(path, qtype="Q8_0")
+    exact = Run(build(path, quantized=False, method=DENSE)).step((0, 20))
+    prompt, generated = (
+        Run(build(path, quantized=True, stacked=True), {0: num_prompt}).step((0, 20))
+        for num_prompt in (20, 0)
+    )
+    if not library.packing().startswith("amx"):
+        assert torch.equal(prompt, generated)
+        return
+    errors = [((got - exact).norm() / exact.norm()).item() for got in (prompt, generated)]
+    assert errors[0] < min(errors[1], 0.03)
+
+
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma2"])
 @pytest.mark.parametrize("stacked", [False, True])
 def test_a_last_layer_of_few_tokens_has_the_same_bits(tmp_path, arch, stacked):
@@ -137,7 +177,8 @@ def test_a_last_layer_of_few_tokens_has_the_same_bits(tmp_path, arch, stacked):
     path = tmp_path / "m.gguf"
     write_gguf(path, arch, qtype="Q4_1")
     library.set_threads(2)
-    whole, few = (Run(build(path, quantized=True, stacked=stacked)) for _ in range(2))
+    model = build(path, quantized=True, stacked=stacked)
+    whole, few = Run(model, PROMPTS), Run(model, PROMPTS)
     expected = whole.step((0, 1), (1, 50), (2, 3), (3, 9))
     got = few.step((0, 1), (1, 50), (2, 3), (3, 9), ends_of=[0, 1, 3])
     assert torch.equal(got, expected[[0, 50, 62]])

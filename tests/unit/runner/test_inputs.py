@@ -40,6 +40,7 @@ def device_rows(seed: int) -> DeviceRows:
     generator = torch.Generator().manual_seed(seed)
     rows.block_tables.random_(1, 1000, generator=generator)
     rows.last_token_ids.random_(0, 100, generator=generator)
+    rows.prompt_lens[:] = torch.randint(1, MAX_LEN, rows.prompt_lens.shape, generator=generator)
     return rows
 
 
@@ -73,6 +74,10 @@ def test_inputs_are_those_of_a_plain_loop(plan: StepPlan, seed: int) -> None:
         assert last.queries.tolist() == (samples or [len(token_ids) - 1])
     assert inputs.sample_rows.tolist() == sample_rows
     assert inputs.seq_rows.tolist() == plan.rows.tolist()
+    assert inputs.batch.prompt_lens == tuple(rows.prompt_lens[plan.rows].tolist())
+    if last is not None:
+        sampled = plan.rows[plan.samples] if samples else plan.rows[-1:]
+        assert last.prompt_lens == tuple(rows.prompt_lens[sampled].tolist())
     assert inputs.seq_lens.tolist() == seq_lens
     batch = inputs.batch
     assert batch.slot_mapping.tolist() == slots

@@ -19,76 +19,9 @@ void *scratch(size_t num_bytes) {
 }
 
 /* Rows in chunks that are worth handing out: about `row_cost` nanoseconds each row. */
-static int32_t row_chunks(int64_t num_rows, int64_t row_cost) {
+int32_t row_chunks(int64_t num_rows, int64_t row_cost) {
     int64_t worth = divide_up(4000, row_cost); /* rows */
     return least(divide_up(num_rows, worth), 8 * (int64_t)pool_threads());
-}
-
-/* ---- linear */
-
-typedef struct {
-    const matrix *m;
-    activations *acts;
-    const float *x, *bias;
-    float *out;
-    int64_t num_rows, x_stride, out_stride;
-    int32_t num_chunks, num_panels, num_tiles;
-} linear_context;
-
-static void quantize_rows(void *context, int32_t chunk) {
-    const linear_context *c = context;
-    ROWS_OF(chunk, divide_up(c->num_rows, CELL_ROWS), c->num_chunks); /* cells share cache lines */
-    int64_t stop = least(end * CELL_ROWS, c->num_rows);
-    for (int64_t row = begin * CELL_ROWS; row < stop; row++)
-        active->quantize(c->x + row * c->x_stride, c->m->in_features, c->acts, row);
-}
-
-/* Rows that are multiplied with a panel before the next one: what stays in the second-level cache. */
-#define TILE_ROWS 128 /* a multiple of CELL_ROWS */
-
-static void multiply_panels(void *context, int32_t chunk) {
-    const linear_context *c = context;
-    int32_t per_tile = c->num_chunks / c->num_tiles, tile = chunk / per_tile;
-    int64_t row_end = least((int64_t)(tile + 1) * TILE_ROWS, c->num_rows);
-    ROWS_OF(chunk % per_tile, c->num_panels, per_tile);
-    active->linear(c->m, c->acts, (int64_t)tile * TILE_ROWS, row_end, c->bias, c->out,
-                   c->out_stride, (int32_t)begin, (int32_t)end);
-}
-
-static activations make_activations(const matrix *m, int64_t num_rows) {
-    int64_t cells = divide_up(num_rows, CELL_ROWS) * CELL_ROWS * m->num_groups;
-    char *memory = scratch((size_t)cells * (GROUP + 12));
-    activations a = {.q = (int8_t *)memory, .num_groups = m->num_groups};
-    a.zero = m->kind == Q4_0 ? 8 : m->kind == Q8_0 ? active->flip8 : 0;
-    a.scale = (float *)(memory + cells * GROUP);
-    a.offset = (int32_t *)(a.scale + cells);
-    a.xsum = (float *)(a.offset + cells);
-    return a;
-}
-
-/* out = x @ m.T + bias. x: [num_rows][in_features], out: [num_rows][out_features], float32. */
-static void multiply(const matrix *m, const float *x, int64_t num_rows, int64_t x_stride,
-                     const float *bias, float *out) {
-    activations acts = make_activations(m, num_rows);
-    linear_context c = {m, &acts, x, bias, out, num_rows, x_stride, m->out_features, 0, 0, 0};
-    int64_t cells = divide_up(num_rows, CELL_ROWS);
-    c.num_chunks = row_chunks(cells, CELL_ROWS * (m->in_features / 4 + 1));
-    pool_run(c.num_chunks, quantize_rows, &c);
-    c.num_panels = (int32_t)divide_up(m->out_features, active->lanes);
-    c.num_tiles = (int32_t)divide_up(num_rows, TILE_ROWS);
-    /* Chunks of at least 16k multiplications, but enough of them that the last one is short. */
-    int64_t panel_work = (int64_t)active->lanes * m->in_features * least(num_rows, TILE_ROWS);
-    int64_t most = divide_up(c.num_panels * panel_work, 1 << 14);
-    int32_t per_tile = least(least(c.num_panels, most), 8 * (int64_t)pool_threads());
-    c.num_chunks = per_tile * c.num_tiles;
-    pool_run(c.num_chunks, multiply_panels, &c);
-}
-
-EXPORT void octavo_linear(const matrix *m, const float *x, int64_t num_rows, int64_t x_stride,
-                          const float *bias, float *out) {
-    pthread_mutex_lock(&one_caller);
-    multiply(m, x, num_rows, x_stride, bias, out);
-    pthread_mutex_unlock(&one_caller);
 }
 
 /* ---- rows */
@@ -357,6 +290,18 @@ static void norm_heads(void *context, int32_t chunk) {
         }
 }
 
+/* `multiply` for rows of both roles; a prompt's rows are multiplied apart from the others. */
+static void multiply_roles(const matrix *m, const batch *b, const float *x, int64_t x_stride,
+                           const float *bias, float *out) {
+    int64_t begin = 0;
+    for (int32_t i = 0; i < b->num_roles; begin = b->role_ends[i++]) {
+        int64_t num_rows = b->role_ends[i] - begin;
+        if (num_rows)
+            (i % 2 ? multiply_prompt : multiply)(m, x + begin * x_stride, num_rows, x_stride, bias,
+                                                 out + begin * m->out_features);
+    }
+}
+
 /* Move rows queries[i] to rows i, in place. */
 static void pick_rows(float *x, int64_t stride, int64_t size, const int64_t *queries, int64_t num) {
     for (int64_t i = 0; i < num; i++)
@@ -391,7 +336,7 @@ EXPORT void octavo_layers(const layer *layers, int32_t num, float *x, float *res
             norm(x, size, residual, l->input_norm, normed, tokens, size, l->norm_eps,
                  l->norm_adds_one);
         }
-        multiply(&l->qkv, normed, tokens, size, l->qkv_bias, qkv);
+        multiply_roles(&l->qkv, b, normed, size, l->qkv_bias, qkv);
         if (l->query_norm) {
             head_context c = {.l = l, .qkv = qkv, .width = width, .num_tokens = tokens};
             c.num_chunks = row_chunks(tokens, width / 4 + 1);
@@ -410,11 +355,11 @@ EXPORT void octavo_layers(const layer *layers, int32_t num, float *x, float *res
             pick_rows(qkv, width, l->num_heads * head_dim, seen->queries, tokens);
         }
         attend_batch(&a, seen, key, width, value, width);
-        multiply(&l->out, attended, tokens, l->out.in_features, l->out_bias, x);
+        multiply_roles(&l->out, seen, attended, l->out.in_features, l->out_bias, x);
         norm(x, size, residual, l->post_norm, normed, tokens, size, l->norm_eps, l->norm_adds_one);
-        multiply(&l->gate_up, normed, tokens, size, l->gate_up_bias, gate_up);
+        multiply_roles(&l->gate_up, seen, normed, size, l->gate_up_bias, gate_up);
         gate(gate_up, 2 * inner, gated, tokens, inner, l->act);
-        multiply(&l->down, gated, tokens, inner, l->down_bias, x);
+        multiply_roles(&l->down, seen, gated, inner, l->down_bias, x);
     }
     pthread_mutex_unlock(&one_caller);
 }

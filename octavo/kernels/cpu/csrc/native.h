@@ -50,6 +50,10 @@ typedef struct {
     int32_t zero; /* how much higher than their values the matrix's quants lie, as kernels read them */
 } activations;
 
+/* A tile holds TILE rows of GROUP bfloat16s. Activations in tiles: [rows / TILE][num_groups][TILE]
+ * [GROUP]; rows that are nobody's are 0. */
+#define TILE 16
+
 enum { ACT_SILU = 0, ACT_GELU = 1, ACT_GELU_TANH = 2 };
 
 typedef struct {
@@ -73,6 +77,10 @@ typedef struct {
     int32_t num_seqs, block_size;
     const int64_t *queries; /* [num_seqs], ascending: the tokens that attend, one per sequence, where
                                those are not all */
+    const int64_t *role_ends; /* [num_roles], ascending, up to the number of rows that come out of
+                                 attention: rows below the first were generated, then those below
+                                 the second are of prompts, and so on in turns */
+    int32_t num_roles;
 } batch;
 
 /* Some queries of one sequence for one KV head, over keys of segments [first, last). */
@@ -121,9 +129,17 @@ typedef struct {
     int64_t (*draw)(const float *x, int64_t size, const choice *c, float *work);
     int64_t (*rate)(const float *x, int64_t size, int32_t num_top, int64_t *ids, float *logprobs,
                     float *work);
+    /* Rows of prompts, at most TILE at once, to tiles, and pairs of panels of 16 times these; NULL
+     * where there are none. */
+    void (*narrow_tile_rows)(const float *x, int64_t x_stride, int32_t num_rows,
+                             int32_t in_features, uint16_t *to);
+    void (*linear_tiles)(const matrix *m, const uint16_t *tiles, int64_t row_begin,
+                         int64_t row_end, const float *bias, float *out, int64_t out_stride,
+                         int32_t pair_begin, int32_t pair_end);
 } isa;
 
 extern const isa isa_generic, isa_avx2, isa_avx512, isa_neon;
+const isa *find_amx(void); /* amx.c: NULL if this CPU, or its system, has no tiles */
 extern const isa *active; /* set once, by dispatch.c */
 
 /* ---- pool.c */
@@ -133,6 +149,15 @@ int32_t pool_threads(void);
 void pool_resize(int32_t num_threads);
 
 void *scratch(size_t num_bytes); /* compute.c: for one exported function at a time */
+
+int32_t row_chunks(int64_t num_rows, int64_t row_cost); /* compute.c */
+
+/* ---- linear.c: out = x @ m.T + bias. x: [num_rows][in_features] float32, rows x_stride apart;
+ * out: [num_rows][out_features] float32. */
+void multiply(const matrix *m, const float *x, int64_t num_rows, int64_t x_stride,
+              const float *bias, float *out);
+void multiply_prompt(const matrix *m, const float *x, int64_t num_rows, int64_t x_stride,
+                     const float *bias, float *out);
 
 static inline int64_t width_of(int32_t type) { return type == FLOAT32 ? 4 : 2; }
 static inline int32_t least(int64_t a, int64_t b) { return (int32_t)(a < b ? a : b); }
