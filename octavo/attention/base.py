@@ -87,7 +87,9 @@ class AttentionBatch:
 
 
 class AttentionBackend(Protocol):
-    """One attention implementation. Stateless: everything comes in by argument."""
+    """One attention implementation. What it computes follows from its arguments alone; it may keep
+    buffers, and what it has worked out for the batch at hand.
+    """
 
     name: str
     # Which steps may be captured, since nothing that attends to them depends on the host's values.
@@ -134,12 +136,16 @@ class PackedAttention(Protocol):
 class PreparedAttention(Protocol):
     """A backend that cannot take any model, or has to get ready for one."""
 
+    def check(self, specs: Sequence[AttentionSpec], dtype: torch.dtype) -> None:
+        """Raises ConfigError if it cannot attend to such layers."""
+        ...
+
     def prepare(
         self, specs: Sequence[AttentionSpec], dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Once, before the first step; what it allocates stays.
+        """Once, after `check` and before the first step; what it allocates stays.
 
         Raises:
-            ConfigError: it cannot attend to such layers, or not on this machine.
+            ConfigError: it cannot do so on this machine.
         """
         ...

@@ -43,7 +43,9 @@ class FlashInferAttention(TritonAttention):
     """
 
     name = "flashinfer"
+    captures_decodes = True
     captures_chunks = False
+    compiles_ahead = True  # Triton's, for the decodes
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,11 +56,9 @@ class FlashInferAttention(TritonAttention):
         self._pages: Pages | None = None
         self._planned: dict[AttentionSpec, Any] = {}
 
-    def prepare(
-        self, specs: Sequence[AttentionSpec], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """See `PreparedAttention.prepare`. Compiles kernels that are not in FlashInfer's cache."""
-        distinct = tuple(dict.fromkeys(spec for spec in specs if spec.sliding_window is None))
+    def check(self, specs: Sequence[AttentionSpec], dtype: torch.dtype) -> None:
+        """See `PreparedAttention.check`."""
+        distinct = _given_to_flashinfer(specs)
         if not distinct:
             raise ConfigError(
                 "All layers of this model have sliding windows, which are not given to FlashInfer. "
@@ -66,6 +66,12 @@ class FlashInferAttention(TritonAttention):
             )
         for spec in distinct:
             _check(spec, dtype)
+
+    def prepare(
+        self, specs: Sequence[AttentionSpec], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """See `PreparedAttention.prepare`. Compiles kernels that are not in FlashInfer's cache."""
+        distinct = _given_to_flashinfer(specs)
         start_s = time.perf_counter()
         logger.info("loading FlashInfer's kernels; compiling them, once, takes minutes")
         for spec in distinct:
@@ -78,7 +84,7 @@ class FlashInferAttention(TritonAttention):
         pages = Pages(slice(1), two, two, one, one, torch.zeros_like(one, device=device))
         try:
             self._planner(spec, device).plan(pages, 16, dtype)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except (OSError, RuntimeError) as error:
             raise ConfigError(_explain(error)) from error
@@ -161,6 +167,10 @@ class _Planner:
         return turn.wrapper
 
 
+def _given_to_flashinfer(specs: Sequence[AttentionSpec]) -> tuple[AttentionSpec, ...]:
+    return tuple(dict.fromkeys(spec for spec in specs if spec.sliding_window is None))
+
+
 def _check(spec: AttentionSpec, dtype: torch.dtype) -> None:
     if dtype not in DTYPES:
         raise ConfigError(
@@ -190,8 +200,9 @@ def _explain(error: Exception) -> str:
     """A compiler's output can be thousands of lines, of which a few say what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
     telling = [line for line in lines if re.search(r"error:|not found|No such file", line)]
+    told = " | ".join((telling or lines)[:3])
     return (
-        f"FlashInfer could not build its attention kernels: {' | '.join((telling or lines)[:3])}. "
+        f"FlashInfer could not load or build its attention kernels: {told}. "
         "It compiles them on first use, with nvcc (CUDA_HOME says where), CUDA's headers, those of "
         f"curand too, and ninja. Install what is missing, {_INSTEAD}"
     )

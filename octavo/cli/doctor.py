@@ -84,7 +84,9 @@ def _show_device(info: DeviceInfo, *, is_chosen: bool) -> None:
         f"    dtype       {info.default_dtype}, {_why(info)} (supported: {', '.join(info.dtypes)})"
     )
     backends = ", ".join(info.attention_backends)
-    missing = "".join(f"; {name}: {how}" for name, how in info.missing_backends.items())
+    missing = "".join(
+        f"; not installed: {name}, {how}" for name, how in info.missing_backends.items()
+    )
     print(f"    attention   {info.attention_backends[0]} (available: {backends}{missing})")
     print(f"    graphs      {'yes' if info.supports_graphs else 'no'}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -63,6 +64,9 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+_compiling = threading.Lock()  # held while `JITFunction.run` is replaced
+
+
 class _Compilers(ThreadPoolExecutor):
     """Compiles kernels and loads them, for which Triton has a launcher built by the C compiler."""
 
@@ -77,21 +81,26 @@ class _Compilers(ThreadPoolExecutor):
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Launch nothing in here: compile what would be launched, each kernel once, in threads."""
+    """Launch nothing in here: compile what would be launched, each kernel once, in threads. Other
+    threads launch as ever.
+    """
     from triton import AsyncCompileMode
     from triton.runtime.jit import JITFunction
 
-    launching = JITFunction.run
+    own_thread = threading.get_ident()
+    with _compiling:
+        launching = JITFunction.run
 
-    def run(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
-        return launching(self, *args, warmup=True, **kwargs)
+        def run(self: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
+            warmup = warmup or threading.get_ident() == own_thread
+            return launching(self, *args, warmup=warmup, **kwargs)
 
-    JITFunction.run = run
-    try:
-        with _Compilers(thread_name_prefix="compile") as pool, AsyncCompileMode(pool):
-            yield
-    finally:
-        JITFunction.run = launching
+        JITFunction.run = run
+        try:
+            with _Compilers(thread_name_prefix="compile") as pool, AsyncCompileMode(pool):
+                yield
+        finally:
+            JITFunction.run = launching
 
 
 def options(overlap: bool, num_warps: int, num_stages: int = 2) -> dict[str, int | bool]:

@@ -32,7 +32,7 @@ class Platform(Protocol):
         ...
 
     def memory_peak_bytes(self) -> int:
-        """The most device memory that this process has held so far."""
+        """The most device memory that this process has held since `trim_memory`, or ever."""
         ...
 
     def trim_memory(self) -> None:

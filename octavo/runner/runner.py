@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
+from itertools import chain, product
 
 import numpy as np
 import torch
@@ -110,11 +111,11 @@ class ModelRunner:
         if config.runner.num_threads and self._device.type == "cpu":
             _set_threads(config.runner.num_threads, native=self._is_native)
         with torch.inference_mode():
-            used_bytes = platform.memory_used_bytes()
-            packed_model = self._make_model()
+            with self.report.phase("model"):
+                packed_model = self._make_model()
             self._make_rows()
             self._load_and_compile(packed_model, progress)
-            self._measure_weights(used_bytes)
+            self._measure_what_stays()
             with self.report.phase("warm_up"):
                 reserve_bytes = self._warm_up()
             with self.report.phase("cache"):
@@ -137,33 +138,49 @@ class ModelRunner:
             self._model = create_model(model.hf_config, model.max_model_len)
         self._model.eval().requires_grad_(False)
         self._backend = get_backend(self._config.runner.attention_backend)
+        if isinstance(self._backend, PreparedAttention):
+            self._backend.check(self._model.attention_specs, self._dtype)
         return quantize(self._model, model.quantization)
 
     def _load_and_compile(self, packed_model: PackedModel | None, progress: bool) -> None:
-        """On a GPU both at once: one waits for files, the other for compilers."""
-        if self._device.type == "cpu":  # nothing to compile, and threads are counted by thread
+        """On a GPU both at once: one waits for files, the other for compilers. Loading stays in
+        this thread, where Ctrl-C finds it; if it fails, no more is compiled.
+        """
+        if self._device.type == "cpu":
             self._load(packed_model, progress)
             return
-        with ThreadPoolExecutor(1, "load") as pool:
-            loading = pool.submit(torch.inference_mode()(self._load), packed_model, progress)
-            with self.report.phase("compile"):
-                self._compile_kernels()
-            loading.result()
+        stop = threading.Event()
+        with ThreadPoolExecutor(1, "compile") as pool:
+            compiling = pool.submit(torch.inference_mode()(self._compile_kernels), stop)
+            try:
+                self._load(packed_model, progress)
+            except BaseException:
+                stop.set()
+                raise
+            compiling.result()
 
     def _load(self, packed_model: PackedModel | None, progress: bool) -> None:
+        used_bytes = self._platform.memory_used_bytes()
         with self.report.phase("load"):
             self._loaded = load_weights(self._model, self._config.model, progress, packed_model)
             if self._is_native:
                 stack_layers(self._model)
             self._platform.synchronize()
+        if self._device.type == "cpu":  # where memory is taken when it is first written to
+            num_bytes = self._platform.memory_used_bytes() - used_bytes
+        else:
+            tensors = chain(self._model.parameters(), self._model.buffers())
+            num_bytes = sum(tensor.nbytes for tensor in tensors)
+        self.report.memory_bytes["weights"] = max(num_bytes, self._loaded.mapped_bytes, 0)
 
-    def _measure_weights(self, used_bytes: int) -> None:
-        """Those and nothing else should now be held, besides what was before."""
-        self._kv = ()
+    def _measure_what_stays(self) -> None:
+        """What a GPU holds from now on: weights, the state of rows, buffers of the backend."""
+        if self._device.type == "cpu":
+            return
         self._platform.trim_memory()
-        self._weights_end_bytes = self._platform.memory_used_bytes()
-        resident_bytes = max(0, self._weights_end_bytes - used_bytes)
-        self.report.memory_bytes["weights"] = max(resident_bytes, self._loaded.mapped_bytes)
+        self._held_bytes = self._platform.memory_used_bytes()
+        state_bytes = self._held_bytes - self.report.memory_bytes["weights"]
+        self.report.memory_bytes["state"] = max(state_bytes, 0)
 
     def _make_rows(self) -> None:
         runner = self._config.runner
@@ -174,13 +191,20 @@ class ModelRunner:
         block_size = self._config.cache.block_size
         self._prefixes = PrefixFinder(runner.max_num_seqs, max_blocks, block_size)
 
-    def _compile_kernels(self) -> None:
-        """Go through a step of each kind that kernels are compiled for, launching none."""
-        self._allocate(1)
-        if isinstance(self._backend, PreparedAttention):
-            self._backend.prepare(self._model.attention_specs, self._dtype, self._device)
-        if not self._backend.compiles_ahead:
-            return
+    def _compile_kernels(self, stop: threading.Event) -> None:
+        """Have all kernels that this model needs compiled."""
+        with self.report.phase("compile"):
+            if isinstance(self._backend, PreparedAttention):
+                self._backend.prepare(self._model.attention_specs, self._dtype, self._device)
+            if self._backend.compiles_ahead:
+                self._allocate(1)
+                self._rehearse_steps(stop)
+                self._kv = ()
+
+    def _rehearse_steps(self, stop: threading.Event) -> None:
+        """Go through a step of each kind that kernels are compiled for; none of ours is launched,
+        and weights may be anything yet.
+        """
         runner = self._config.runner
         longest = min(runner.max_num_batched_tokens, runner.max_model_len // 2)
         lens = sorted({min(16, longest), min(512, longest), longest}, reverse=True)
@@ -198,6 +222,8 @@ class ModelRunner:
         ]
         with launch.compiling():
             for step in steps:
+                if stop.is_set():
+                    break
                 step()
                 self._rows.last_token_ids.zero_()  # what was never launched left no token
         self._platform.synchronize()
@@ -228,7 +254,7 @@ class ModelRunner:
                 chunks.capture(chunks.largest)
             del decodes, chunks
         self._platform.synchronize()
-        reserve_bytes = max(0, self._platform.memory_peak_bytes() - self._weights_end_bytes)
+        reserve_bytes = max(0, self._platform.memory_peak_bytes() - self._held_bytes)
         self.report.memory_bytes["workspace"] = reserve_bytes
         self._kv = ()
         self._platform.trim_memory()

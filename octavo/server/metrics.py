@@ -170,7 +170,12 @@ class ServerMetrics(Collector):
         )
         config.add_metric([*self._labels.values(), *(str(v) for v in facts.values())], 1)
         yield config
-        yield _by_label("octavo:startup_seconds", "Start-up time.", "phase", info.startup_s)
+        yield _by_label(
+            "octavo:startup_seconds",
+            "Start-up time. On a GPU, load and compile overlap.",
+            "phase",
+            info.startup_s,
+        )
         yield _by_label("octavo:memory_bytes", "Device memory.", "use", info.memory_bytes)
 
     def _counters(self) -> Iterator[Metric]:

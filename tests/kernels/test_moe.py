@@ -22,7 +22,7 @@ def test_route(device, num_experts, top_k, renormalise):
     assert torch.equal(experts, expected.experts)
 
 
-@pytest.mark.parametrize("num_pairs", [3, 40, 4500])
+@pytest.mark.parametrize("num_pairs", [3, 40, 4500, 8192, 8193, 20_000])
 def test_grouping_is_a_stable_sort(device, num_pairs):
     from octavo.kernels import moe_triton
 
