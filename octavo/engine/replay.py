@@ -55,8 +55,9 @@ class Replay:
 
     A fresh runner's cache is empty, so before a plan runs, every position is computed that it
     takes for computed: before the recording began, or for another request with that prefix. The
-    content of a block depends on the tokens before it, not on who computed it. The inputs of later
-    steps are the recorded tokens, whatever comes out.
+    content of a block depends on the tokens before it, not on who computed it; on AMX it does to
+    within rounding, since an answer that became a prompt is computed as one here. The inputs of
+    later steps are the recorded tokens, whatever comes out.
     """
 
     def __init__(self, recording: Recording, runner: RestorableRunner, max_tokens: int) -> None:

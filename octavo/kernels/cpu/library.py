@@ -164,13 +164,21 @@ def use_isa(name: str) -> bool:
     return library is not None and library.octavo_use_isa(name.encode()) is not None
 
 
+def isa() -> str:
+    """The instruction set in use: see `use_isa`."""
+    library = load()
+    assert library is not None
+    return library.octavo_isa().decode()  # type: ignore[no-any-return]
+
+
 def packing() -> str:
     """Names the order and the rounding in which matrices are packed now: "avx512-1". Where two
     processes agree in it, so do the bytes of their matrices.
     """
     library = load()
     assert library is not None
-    return f"{library.octavo_isa().decode()}-{library.octavo_packing_version()}"
+    order = {"amx": "avx512"}.get(isa(), isa())  # tiles are made of what lies there for vectors
+    return f"{order}-{library.octavo_packing_version()}"
 
 
 def set_threads(num_threads: int) -> None:

@@ -74,7 +74,8 @@ def test_a_change_of_the_packed_bytes_needs_another_version(isa, kind):
     matrix.fill(blocks)
     digest = hashlib.sha256(matrix.packed.numpy()).hexdigest()[:16]
     assert digest == PACKED[LANES[isa], kind]
-    assert library.packing() == f"{isa}-1"
+    assert library.isa() == isa
+    assert library.packing() == {"amx": "avx512-1"}.get(isa, f"{isa}-1")
 
 
 def test_a_matrix_of_bytes_that_are_there_already():

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from octavo.runner.inputs import build_inputs
 from octavo.runner.rows import DeviceRows
-from octavo.sched.plan import StepPlan
+from octavo.sched.plan import RowAdmission, StepPlan
+from octavo.types import EngineRequest, SamplingParams
 
 NUM_ROWS, BLOCK, MAX_LEN = 6, 4, 40
 
@@ -112,3 +113,27 @@ def test_the_scratch_row_points_at_block_0() -> None:
     rows = DeviceRows(3, 4, torch.device("cpu"))
     assert rows.scratch == 3
     assert not rows.block_tables[rows.scratch].any()
+
+
+def test_a_row_knows_how_long_its_prompt_is():
+    """Also when its request comes back with what it had generated, and when another takes it."""
+    rows = DeviceRows(NUM_ROWS, 4, torch.device("cpu"))
+
+    def admit(num_prompt: int, outputs: tuple[int, ...]) -> None:
+        request = EngineRequest(
+            request_id=1,
+            prompt_token_ids=tuple(range(num_prompt)),
+            params=SamplingParams(),
+            max_total_len=40,
+        )
+        none = np.empty(0, np.int32)
+        plan = StepPlan(
+            step=0, rows=none, starts=none, chunk_lens=none, samples=np.empty(0, np.bool_),
+            num_decodes=0, token_ids=none, admitted=(RowAdmission(2, request, outputs),),
+        )  # fmt: skip
+        rows.update(plan)
+
+    admit(7, (1, 2, 3))
+    assert rows.prompt_lens.tolist() == [0, 0, 7] + [0] * (NUM_ROWS - 2)
+    admit(3, ())
+    assert rows.prompt_lens[2] == 3

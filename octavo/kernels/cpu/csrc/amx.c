@@ -222,6 +222,8 @@ static void linear_tiles(const matrix *m, const uint16_t *tiles, int64_t row_beg
         uint8_t rows[16];
     } config = {.palette = 1};
     for (int t = 0; t < 8; t++) config.row_bytes[t] = STRIDE, config.rows[t] = TILE;
+    /* GCC 11 and 12 take it that only the first 8 bytes are read. */
+    __asm__ volatile("" ::"r"(&config) : "memory");
     _tile_loadconfig(&config);
     for (int32_t pair = pair_begin; pair < pair_end; pair++)
         multiply_pair(m, tiles, row_begin, row_end, bias, out, out_stride, pair);

@@ -290,9 +290,14 @@ static void norm_heads(void *context, int32_t chunk) {
         }
 }
 
-/* `multiply` for rows of both roles; a prompt's rows are multiplied apart from the others. */
+/* `multiply` for rows of both roles; a prompt's rows are multiplied apart from the others, where that
+ * is another product. */
 static void multiply_roles(const matrix *m, const batch *b, const float *x, int64_t x_stride,
                            const float *bias, float *out) {
+    if (!active->linear_tiles) {
+        multiply(m, x, b->role_ends[b->num_roles - 1], x_stride, bias, out);
+        return;
+    }
     int64_t begin = 0;
     for (int32_t i = 0; i < b->num_roles; begin = b->role_ends[i++]) {
         int64_t num_rows = b->role_ends[i] - begin;

@@ -100,6 +100,7 @@ void multiply_prompt(const matrix *m, const float *x, int64_t num_rows, int64_t 
         multiply(m, x, num_rows, x_stride, bias, out);
         return;
     }
+    if (!num_rows) return;
     int64_t row_bytes = (int64_t)m->num_groups * GROUP * sizeof(uint16_t);
     tile_context c = {.m = m, .x = x, .bias = bias, .out = out, .num_rows = num_rows,
                       .x_stride = x_stride};
