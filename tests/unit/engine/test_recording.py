@@ -29,6 +29,7 @@ def replay(path: Path) -> Outcome:
     return Replay(Recording.read(path), Device(), BUDGET).run(lambda plan, known: None)
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(
     lengths=st.lists(

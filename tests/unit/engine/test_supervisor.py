@@ -155,6 +155,7 @@ def test_kills_at_random_moments_change_no_token(tmp_path: Path) -> None:
     with_rig(tmp_path, body, step_s=0.002)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [KILLS, RAISES])
 @pytest.mark.parametrize("strikes_at", [0, 20])
 def test_a_poison_request_is_found_and_harms_itself_only(
@@ -177,6 +178,7 @@ def test_a_poison_request_is_found_and_harms_itself_only(
     with_rig(tmp_path, body, step_s=0.002)
 
 
+@pytest.mark.slow
 def test_two_poison_requests_are_both_found(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         rng = random.Random(8)
@@ -189,6 +191,7 @@ def test_two_poison_requests_are_both_found(tmp_path: Path) -> None:
     with_rig(tmp_path, body)
 
 
+@pytest.mark.slow
 def test_a_request_that_hangs_the_engine_is_found(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         _, finish = await rig.run(rig.make([HANGS, 8]))
@@ -199,6 +202,7 @@ def test_a_request_that_hangs_the_engine_is_found(tmp_path: Path) -> None:
     with_rig(tmp_path, body)
 
 
+@pytest.mark.slow
 def test_a_stopped_engine_is_replaced(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         running = asyncio.create_task(rig.expect([rig.make([1, 2, 3], 150)]))
@@ -260,6 +264,7 @@ def test_requests_come_and_go_while_there_is_no_engine(tmp_path: Path) -> None:
     with_rig(tmp_path, body)
 
 
+@pytest.mark.slow
 def test_an_abort_needs_no_engine_that_answers(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         stream = rig.supervisor.submit(rig.make([1, 2], 200))
@@ -286,6 +291,7 @@ def test_a_request_that_came_just_after_a_death_is_not_blamed_for_it(tmp_path: P
     with_rig(tmp_path, body, crash_dir=True)
 
 
+@pytest.mark.slow
 def test_kills_during_a_long_prompt_are_not_its_own_doing(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         request = rig.make([i % 40 for i in range(200)], 30)
@@ -298,6 +304,7 @@ def test_kills_during_a_long_prompt_are_not_its_own_doing(tmp_path: Path) -> Non
     with_rig(tmp_path, body, step_s=0.1, crash_dir=True, max_num_batched_tokens=16, max_num_seqs=4)
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_broken_ends_and_condemns_next_to_nobody(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         requests = [rig.make([RAISES, 0, i]) for i in range(12)]
@@ -332,6 +339,7 @@ def test_a_child_of_the_engine_does_not_hide_its_death(tmp_path: Path) -> None:
     with_rig(tmp_path, body, step_s=0.01)
 
 
+@pytest.mark.slow
 def test_closing_leaves_no_process_at_any_moment(tmp_path: Path) -> None:
     made: list[EngineProcess] = []
 

@@ -46,6 +46,7 @@ def answers(folder: Path, prompts: list[list[int]], **options: object) -> list[o
         return [(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in outputs]
 
 
+@pytest.mark.slow
 def test_preemption_and_chunks_change_nothing(folder, monkeypatch):
     expected = [answers(folder, [prompt])[0] for prompt in PROMPTS]
     assert answers(folder, PROMPTS) == expected
