@@ -104,8 +104,8 @@ INLINE void widen_panel(const int kind, const uint8_t *panel, int32_t num_groups
 }
 
 static void widen(const matrix *m, int32_t panel, uint16_t *to) {
-    const int64_t group_bytes = m->kind == Q8_0 ? 34 * TILE : m->kind == Q4_1 ? 20 * TILE : 18 * TILE;
-    const uint8_t *from = m->packed + panel * m->num_groups * group_bytes;
+    const uint8_t *from =
+        m->packed + (size_t)panel * m->num_groups * group_bytes(m->kind, TILE);
     if (m->kind == Q8_0)
         widen_panel(Q8_0, from, m->num_groups, to);
     else if (m->kind == Q4_1)

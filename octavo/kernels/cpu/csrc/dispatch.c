@@ -65,10 +65,6 @@ EXPORT int32_t octavo_get_threads(void) { return pool_threads(); }
 
 /* ---- packing */
 
-static size_t group_bytes(int32_t kind, int32_t lanes) {
-    return (size_t)lanes * (kind == Q8_0 ? 34 : kind == Q4_1 ? 20 : 18);
-}
-
 EXPORT int64_t octavo_packed_bytes(int32_t kind, int64_t in_features, int64_t out_features) {
     int32_t lanes = active->lanes;
     return divide_up(out_features, lanes) * divide_up(in_features, GROUP) *
@@ -108,7 +104,7 @@ typedef struct {
 static void pack_rows(void *context, int32_t chunk) {
     const pack_context *c = context;
     int32_t kind = c->m->kind, lanes = active->lanes, num_groups = c->m->num_groups;
-    size_t block_size = kind == Q8_0 ? 34 : kind == Q4_1 ? 20 : 18, size = group_bytes(kind, lanes);
+    size_t block_size = group_bytes(kind, 1), size = group_bytes(kind, lanes);
     ROWS_OF(chunk, c->num_rows, c->num_chunks);
     for (int64_t i = begin; i < end; i++) {
         int64_t row = c->row + i;

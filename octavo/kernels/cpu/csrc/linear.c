@@ -44,7 +44,7 @@ static activations make_activations(const matrix *m, int64_t num_rows) {
 }
 
 void multiply(const matrix *m, const float *x, int64_t num_rows, int64_t x_stride,
-                     const float *bias, float *out) {
+              const float *bias, float *out) {
     activations acts = make_activations(m, num_rows);
     linear_context c = {m, &acts, x, bias, out, num_rows, x_stride, m->out_features, 0, 0, 0};
     int64_t cells = divide_up(num_rows, CELL_ROWS);

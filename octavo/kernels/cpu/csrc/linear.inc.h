@@ -75,7 +75,7 @@ INLINE void multiply_panel(const int num, const int kind, const uint8_t *panel,
                            const activations *x, int64_t row, vf *result) {
     const int32_t num_groups = x->num_groups;
     const size_t quants = (kind == Q8_0 ? 32 : 16) * LANES;
-    const size_t group_size = quants + (kind == Q4_1 ? 4 : 2) * LANES;
+    const size_t group_size = group_bytes(kind, LANES);
     const int8_t *q = x->q + first_four(x, row);
     int64_t cell = cell_of(x, row);
     for (int r = 0; r < num; r++) result[r] = (vf){};
@@ -103,7 +103,7 @@ INLINE void multiply_panel(const int num, const int kind, const uint8_t *panel,
 INLINE void linear_of_kind(const int kind, const matrix *m, const activations *x, int64_t row_begin,
                            int64_t row_end, const float *bias, float *out, int64_t out_stride,
                            int32_t panel_begin, int32_t panel_end) {
-    const size_t group_size = (size_t)LANES * (kind == Q8_0 ? 34 : kind == Q4_1 ? 20 : 18);
+    const size_t group_size = group_bytes(kind, LANES);
     for (int32_t p = panel_begin; p < panel_end; p++) {
         const uint8_t *panel = m->packed + (size_t)p * m->num_groups * group_size;
         int32_t column = p * LANES, width = m->out_features - column;

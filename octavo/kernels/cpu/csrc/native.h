@@ -159,6 +159,11 @@ void multiply(const matrix *m, const float *x, int64_t num_rows, int64_t x_strid
 void multiply_prompt(const matrix *m, const float *x, int64_t num_rows, int64_t x_stride,
                      const float *bias, float *out);
 
+/* Of `lanes` outputs' groups, as they are packed: quants, then scales, then Q4_1's least values. */
+static inline size_t group_bytes(int32_t kind, int32_t lanes) {
+    return (size_t)lanes * (kind == Q8_0 ? 34 : kind == Q4_1 ? 20 : 18);
+}
+
 static inline int64_t width_of(int32_t type) { return type == FLOAT32 ? 4 : 2; }
 static inline int32_t least(int64_t a, int64_t b) { return (int32_t)(a < b ? a : b); }
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
