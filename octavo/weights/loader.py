@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from octavo.weights.packed import PackedModel, size_of
 from octavo.weights.packed_cache import Keeper, PackedCache
 from octavo.weights.safetensors import iter_safetensors
 from octavo.weights.slots import WeightSlot
+from octavo.weights.staging import staged
+
+_T = TypeVar("_T")
 
 _MAX_NAMED = 8  # names in an error message
 _MIN_PACKING_S = 0.5  # what is packed faster than this is not worth a file
@@ -101,18 +104,24 @@ def _load_packed(
 def _load_checkpoint(model: nn.Module, config: ModelConfig, progress: bool) -> None:
     if not isinstance(model, LoadableModel):
         raise TypeError(f"{type(model).__name__} has no weight_slots() and ignored_weights")
-    tensors: Iterator[tuple[str, torch.Tensor | Blocks]]
-    if config.load_format == "gguf":
-        tensors = iter_gguf(config.weight_files[0])
-    else:
-        tensors = iter_safetensors(config.weight_files)
-    if "text_part_of" in config.hf_config:
-        tensors = _text_part(tensors)
+    tensors = _read(config, next(model.parameters()).device)
     total_bytes = sum(path.stat().st_size for path in config.weight_files)
     try:
         feed(model.weight_slots(), model.ignored_weights, tensors, progress, total_bytes)
     except WeightsError as error:
         raise WeightsError(f"{config.path} does not fit {config.architecture}: {error}") from error
+
+
+def _read(config: ModelConfig, device: torch.device) -> Iterator[tuple[str, torch.Tensor | Blocks]]:
+    """What the checkpoint holds, on the CPU or already on `device`."""
+    is_part = "text_part_of" in config.hf_config
+    if config.load_format == "gguf":
+        blocks = iter_gguf(config.weight_files[0])
+        return _text_part(blocks) if is_part else blocks
+    tensors = iter_safetensors(config.weight_files)
+    if is_part:
+        tensors = _text_part(tensors)
+    return tensors if device.type == "cpu" else staged(tensors, device)
 
 
 @torch.no_grad()
@@ -189,9 +198,7 @@ def _report(faults: dict[str, list[str]]) -> str:
     return "tensors " + "; ".join(parts) + "."
 
 
-def _text_part(
-    tensors: Iterable[tuple[str, torch.Tensor | Blocks]],
-) -> Iterator[tuple[str, torch.Tensor | Blocks]]:
+def _text_part(tensors: Iterable[tuple[str, _T]]) -> Iterator[tuple[str, _T]]:
     """The text model's tensors of a multimodal checkpoint under their plain names; the rest (vision
     tower, projector) is left out.
     """

@@ -15,7 +15,7 @@ from octavo.errors import WeightsError
 def iter_safetensors(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
     """Every (name, tensor) of all files, in their stored dtype, on the CPU.
 
-    A tensor is a view of the mapped file: use it before asking for the next.
+    A tensor is a view of the mapped file, which stays mapped as long as there are any.
 
     Raises:
         WeightsError: a file is damaged, or two files hold the same name.
