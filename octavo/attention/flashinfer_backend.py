@@ -4,9 +4,6 @@ FlashInfer shares a step's work out among processors on the host, before the ste
 graph cannot hold that, and needs it to be done again whenever a length changes. So it gets what the
 host knows the lengths of, and steps with chunks are not captured; steps of decodes alone run ahead
 of the host as they do without it.
-
-Layers with sliding windows stay with Triton, too: on an H100, FlashInfer 0.7.2 gave the last of 129
-queries wrong results with a window of 37 (`tests/gpu/test_flashinfer.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +33,7 @@ _INSTEAD = "or choose another backend: --attention-backend triton."
 
 
 class FlashInferAttention(TritonAttention):
-    """Heads of 64, 128 or 256 numbers in 16 bits, softcap, grouped queries.
+    """Heads of 64, 128 or 256 numbers in 16 bits, sliding window, softcap, grouped queries.
 
     It remembers the plans of the last batch with chunks; a batch's tensors must not change once it
     was used.
@@ -58,23 +55,16 @@ class FlashInferAttention(TritonAttention):
 
     def check(self, specs: Sequence[AttentionSpec], dtype: torch.dtype) -> None:
         """See `PreparedAttention.check`."""
-        distinct = _given_to_flashinfer(specs)
-        if not distinct:
-            raise ConfigError(
-                "All layers of this model have sliding windows, which are not given to FlashInfer. "
-                "Choose another backend: --attention-backend triton."
-            )
-        for spec in distinct:
+        for spec in specs:
             _check(spec, dtype)
 
     def prepare(
         self, specs: Sequence[AttentionSpec], dtype: torch.dtype, device: torch.device
     ) -> None:
         """See `PreparedAttention.prepare`. Compiles kernels that are not in FlashInfer's cache."""
-        distinct = _given_to_flashinfer(specs)
         start_s = time.perf_counter()
         logger.info("loading FlashInfer's kernels; compiling them, once, takes minutes")
-        for spec in distinct:
+        for spec in dict.fromkeys(specs):
             self._load(spec, dtype, device)
         logger.info("FlashInfer's kernels are there after %.1f s", time.perf_counter() - start_s)
 
@@ -101,9 +91,6 @@ class FlashInferAttention(TritonAttention):
         batch: AttentionBatch,
         spec: AttentionSpec,
     ) -> None:
-        if spec.sliding_window is not None:
-            super()._attend_chunks(query, out, qkv, kv, batch, spec)
-            return
         if batch is not self._batch:
             self._batch, self._pages = batch, find_pages(batch, kv.k.shape[1])
             self._planned.clear()
@@ -158,6 +145,8 @@ class _Planner:
             block_size,
             causal=True,
             sm_scale=spec.scale,
+            # FlashInfer counts the keys before the query's own.
+            window_left=-1 if spec.sliding_window is None else spec.sliding_window - 1,
             logits_soft_cap=spec.logit_softcap,
             q_data_type=dtype,
             kv_data_type=dtype,
@@ -165,10 +154,6 @@ class _Planner:
         )
         turn.sent.record(torch.cuda.current_stream(self._device))
         return turn.wrapper
-
-
-def _given_to_flashinfer(specs: Sequence[AttentionSpec]) -> tuple[AttentionSpec, ...]:
-    return tuple(dict.fromkeys(spec for spec in specs if spec.sliding_window is None))
 
 
 def _check(spec: AttentionSpec, dtype: torch.dtype) -> None:

@@ -292,8 +292,8 @@ def _attend_tile(
     if spec.logit_softcap is None:
         attended = F.scaled_dot_product_attention(
             grouped,
-            key.unsqueeze(1).expand(-1, grouped.shape[1], -1, -1),  # a view: K is not repeated
-            value.unsqueeze(1).expand(-1, grouped.shape[1], -1, -1),
+            _for_each_head(key, grouped.shape[1]),
+            _for_each_head(value, grouped.shape[1]),
             attn_mask=tile.mask,
             is_causal=tile.is_causal,
             scale=spec.scale,
@@ -304,6 +304,15 @@ def _attend_tile(
         attended = _softcapped(stacked, key, value, mask, spec.scale, spec.logit_softcap)
         attended = attended.view(grouped.shape)
     return attended.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _for_each_head(x: torch.Tensor, group: int) -> torch.Tensor:
+    """[num_kv_heads, num_keys, head_dim] -> [num_kv_heads, group, num_keys, head_dim], a view on a
+    CPU. From a view, torch 2.11 on CUDA attends wrongly in float32 if a tile of 64 queries has but
+    one (64 n + 1 queries in all).
+    """
+    repeated = x.unsqueeze(1).expand(-1, group, -1, -1)
+    return repeated.contiguous() if x.is_cuda else repeated
 
 
 def _softcapped(

@@ -8,102 +8,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
+from support.small_engines import QWEN3, prompt_logprobs, requests, run, write_model
 
 from octavo.checkpoint import locate
 from octavo.config import EngineArgs
 from octavo.engine.build import build_core
-from octavo.types import EngineRequest, SamplingParams
+from octavo.types import SamplingParams
 
 pytestmark = pytest.mark.gpu
-
-VOCAB = 1000
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights are drawn when it is loaded, so only by `run`'s engines on one device."""
     folder = tmp_path_factory.mktemp("model")
-    config = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "eos_token_id": 2,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(QWEN3))
     return folder
-
-
-def requests(count: int, seed: int, *, plain: bool) -> list[EngineRequest]:
-    rng = random.Random(seed)
-    head = [rng.randrange(3, VOCAB) for _ in range(200)]
-    made = []
-    for i in range(count):
-        own = [rng.randrange(3, VOCAB) for _ in range(rng.randrange(1, 150))]
-        prompt = tuple(head[: rng.choice([0, 0, 64, 130, 200])] + own)
-        params = SamplingParams(max_tokens=None, temperature=0)
-        if not plain:
-            params = SamplingParams(
-                max_tokens=None,
-                temperature=rng.choice([0, 0.7, 1.2]),
-                top_k=rng.choice([0, 30]),
-                top_p=rng.choice([1.0, 0.9]),
-                min_p=rng.choice([0.0, 0.05]),
-                repetition_penalty=rng.choice([1.0, 1.2]),
-                logprobs=rng.choice([None, 2]),
-            )
-        made.append(
-            EngineRequest(
-                request_id=i + 1,
-                prompt_token_ids=prompt,
-                params=params,
-                max_total_len=len(prompt) + rng.randrange(1, 80),
-                stop_token_ids=(2,),
-                seed=i,
-            )
-        )
-    return made
-
-
-def drive(args: EngineArgs, work: Sequence[EngineRequest]) -> dict[int, list[int]]:
-    """The tokens of each request, from an engine of its own."""
-    core = build_core(args, locate(args.model, load_format=args.load_format))
-    tokens: dict[int, list[int]] = {request.request_id: [] for request in work}
-    for request in work:
-        core.add(request)
-    while core.has_work:
-        if (outputs := core.step()) is not None:
-            for request_id, token in zip(outputs.request_ids, outputs.token_ids, strict=True):
-                tokens[request_id].append(token)
-    core.check_integrity()
-    core.close()
-    return tokens
-
-
-def run(folder: Path, work: Sequence[EngineRequest], **options: object) -> dict[int, list[int]]:
-    settings = {
-        "dtype": "float32",
-        "load_format": "dummy",
-        "max_num_batched_tokens": 256,
-        "max_num_seqs": 32,
-        "kv_cache_memory_bytes": 1 << 28,
-    }
-    return drive(EngineArgs.from_options(model=str(folder), **settings | options), work)
 
 
 @pytest.mark.parametrize("plain", [True, False])
@@ -127,24 +51,8 @@ def test_every_way_to_run_gives_the_same_tokens(
 
 
 @pytest.fixture(scope="module")
-def shared(folder: Path) -> Path:
-    """With weights in a file: each device draws its own by its own generator."""
-    from safetensors.torch import save_file
-
-    from octavo.models import create_model
-
-    hf_config = json.loads((folder / "config.json").read_text())
-    model = create_model(hf_config, 2048)
-    state = {}
-    for name, slot in model.weight_slots().items():
-        state[name] = torch.empty(slot.shape).uniform_(-0.05, 0.05)
-        if "norm" in name:
-            state[name].fill_(1.0)
-    shared = folder / "shared"
-    shared.mkdir(exist_ok=True)
-    save_file(state, shared / "model.safetensors")
-    (shared / "config.json").write_text(json.dumps(hf_config))
-    return shared
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("shared") / "model", QWEN3)
 
 
 def test_greedy_tokens_are_those_of_the_cpu(shared: Path) -> None:
@@ -152,23 +60,6 @@ def test_greedy_tokens_are_those_of_the_cpu(shared: Path) -> None:
     options = {"load_format": "auto", "max_num_seqs": 16}
     on_cpu = run(shared, work, device="cpu", attention_backend="torch", **options)
     assert on_cpu == run(shared, work, device="cuda", **options)
-
-
-def prompt_logprobs(folder: Path, work: Sequence[EngineRequest], **options: object) -> torch.Tensor:
-    """Of every prompt token, request by request."""
-    args = EngineArgs.from_options(
-        model=str(folder), max_num_seqs=16, max_num_batched_tokens=256, **options
-    )
-    core = build_core(args, locate(str(folder)))
-    found: dict[int, list[float]] = {request.request_id: [] for request in work}
-    for request in work:
-        core.add(request)
-    while core.has_work:
-        if (outputs := core.step()) is not None:
-            for request_id, positions in outputs.prompt_logprobs.items():
-                found[request_id] += [position.logprobs[0] for position in positions]
-    core.close()
-    return torch.tensor([value for values in found.values() for value in values])
 
 
 @pytest.mark.parametrize(

@@ -110,39 +110,6 @@ def test_from_a_packed_projection(backend: AttentionBackend) -> None:
     check(got, rotated, cache, batch, spec)
 
 
-@pytest.mark.xfail(raises=AssertionError, strict=True, reason="so windows are left to Triton")
-def test_flashinfer_attends_in_a_window() -> None:
-    """Its own kernels, 129 queries that see 37 keys: once this passes, they may be used."""
-    from flashinfer import BatchPrefillWithPagedKVCacheWrapper
-
-    spec, dtype = KINDS["window"]
-    cache = filled(spec, dtype)
-    batch = cache.step([(6, 129)], 0)
-    query, key, value = heads(spec, 129, dtype)
-    wide = [x.float() for x in (query, key, value)]
-    expected = TorchAttention().forward(*wide, cache.kv[0], batch, spec)
-    workspace = torch.empty(128 << 20, dtype=torch.uint8, device="cuda")
-    wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
-    pages = torch.tensor([0, 9], dtype=torch.int32)
-    wrapper.plan(
-        torch.tensor([0, 129], dtype=torch.int32),
-        pages,
-        batch.block_tables[0, :9],
-        torch.tensor([1], dtype=torch.int32),
-        spec.num_heads,
-        spec.num_kv_heads,
-        spec.head_dim,
-        16,
-        causal=True,
-        sm_scale=spec.scale,
-        window_left=36,
-        q_data_type=dtype,
-        kv_data_type=dtype,
-    )
-    got = wrapper.run(query.contiguous(), (cache.kv[0].k, cache.kv[0].v))
-    torch.testing.assert_close(got.float(), expected, atol=4e-3, rtol=4e-3)
-
-
 def test_steps_queued_ahead_of_the_device_keep_their_plans() -> None:
     """Each plan travels when the device comes to it: none may have been overwritten by then."""
     spec, dtype = KINDS["four-64"]

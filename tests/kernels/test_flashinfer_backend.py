@@ -80,7 +80,8 @@ class Wrapper:
             first, stop = self.query_starts[i : i + 2]
             for row in range(first, stop):
                 position = kv_len - (stop - row)
-                seen = slice(position + 1)
+                window = self.options["window_left"]
+                seen = slice(max(position - window, 0) if window >= 0 else 0, position + 1)
                 scores = torch.einsum("hd,khd->hk", query[row], key[seen])
                 scores = scores * self.options["sm_scale"]
                 if cap := self.options["logits_soft_cap"]:
@@ -128,12 +129,11 @@ def test_backend_agrees_with_torch(name: str, step: str, device: str) -> None:
 
 def test_layers_that_attend_alike_share_a_plan(device: str) -> None:
     full = SPECS["gqa"]
-    other = dataclasses.replace(full, scale=0.5)
     local = dataclasses.replace(full, sliding_window=37)
     backend, cache = get_backend("flashinfer"), filled(full, device)
     for num_steps in (1, 2, 3):
         batch = cache.step([(1, 3)], 0)
-        for spec in (other, full, local, other, full):
+        for spec in (local, full, local, full):
             backend.forward(*heads(spec, 3, device), cache.kv[0], batch, spec)
         assert len(Wrapper.plans) == 2 * num_steps
 
@@ -195,12 +195,10 @@ def test_kernels_are_loaded_for_each_kind_of_layer_once() -> None:
     backend = get_backend("flashinfer")
     layers = [SPECS["gqa"], SPECS["window"], SPECS["softcap"]] * 3
     backend.prepare(layers, torch.float16, torch.device("cpu"))
-    assert [plan.options["logits_soft_cap"] for plan in Wrapper.plans] == [None, 5.0]
-
-
-def test_a_model_of_windows_alone_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"All layers .* --attention-backend triton"):
-        get_backend("flashinfer").check([SPECS["window"]], torch.float16)
+    made = [
+        (plan.options["window_left"], plan.options["logits_soft_cap"]) for plan in Wrapper.plans
+    ]
+    assert made == [(-1, None), (36, None), (-1, 5.0)]
 
 
 @pytest.mark.parametrize(

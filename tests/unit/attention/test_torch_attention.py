@@ -185,3 +185,6 @@ def test_on_a_gpu(name, dtype, tolerance):
     sequences.check([(3, 1), (0, 1), (1, 1), (2, 600), (4, 7)], tolerance=tolerance)
     sequences.check([(0, 1), (1, 1), (2, 1), (3, 1), (4, 1)], tolerance=tolerance)
     sequences.check([(4, 1)], tolerance=tolerance)
+    # A query that is alone in a tile of torch's.
+    sequences.check([(5, 65), (6, 129), (7, 193)], tolerance=tolerance)
+    sequences.check([(5, 65), (0, 129)], tolerance=tolerance)
