@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import pytest
 import torch
 from support.paged import PagedCache
@@ -45,6 +47,11 @@ def isa(request):
     library.use_isa("")
 
 
+@lru_cache(maxsize=4)  # the sequences of one spec; to draw them took longer than the attention
+def qkv_of(seq, heads, head_dim):
+    return torch.randn(1300, heads, head_dim, generator=torch.Generator().manual_seed(seq))
+
+
 class Run:
     """The same random tokens of some sequences, through any backend, in any chunks."""
 
@@ -54,11 +61,8 @@ class Run:
         self.outputs: dict[int, list[torch.Tensor]] = {}
 
     def tokens(self, seq, start, num):
-        generator = torch.Generator().manual_seed(seq)
         heads = self.spec.num_heads + 2 * self.spec.num_kv_heads
-        return torch.randn(1300, heads, self.spec.head_dim, generator=generator)[
-            start : start + num
-        ]
+        return qkv_of(seq, heads, self.spec.head_dim)[start : start + num]
 
     def step(self, chunks):
         starts = [self.cache.lens.get(seq, 0) for seq, _ in chunks]
