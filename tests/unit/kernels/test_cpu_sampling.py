@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.examples import examples
 
 from octavo.kernels.cpu import library, ops
 from octavo.kernels.random import uniforms
@@ -94,7 +95,7 @@ def make_logits(num_rows: int, size: int, seed: int, forbidden: float, grain: fl
 
 
 @pytest.mark.parametrize("isa_name", ISAS)
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     rows=st.lists(ROWS, min_size=1, max_size=5),
     size=SIZES,
