@@ -34,7 +34,7 @@ async def main():
 
     async def start(starting):
         state = make_state(doors.config)
-        state.engine.step_s = 0.05
+        state.engine.step_s = 0.03
         return state
 
     await run.serve(start, doors, lambda state: print(doors.sock.getsockname()[1], flush=True))
