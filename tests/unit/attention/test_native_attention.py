@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not library.is_available(), reason="not built: n
 SPECS = {
     "gqa": AttentionSpec(num_heads=9, num_kv_heads=3, head_dim=64, scale=0.125),
     "mha": AttentionSpec(num_heads=2, num_kv_heads=2, head_dim=16, scale=0.4),
-    "mqa-wide": AttentionSpec(num_heads=8, num_kv_heads=1, head_dim=256, scale=0.05),
+    "mqa-wide": AttentionSpec(num_heads=4, num_kv_heads=1, head_dim=256, scale=0.05),
     "odd": AttentionSpec(num_heads=5, num_kv_heads=1, head_dim=80, scale=0.1),
     "window": AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=32, scale=0.2, sliding_window=37),
     "wide-window": AttentionSpec(

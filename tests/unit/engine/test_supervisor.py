@@ -246,7 +246,8 @@ def test_an_engine_that_cannot_start_again_ends_with_its_cause(
         with pytest.raises(EngineDeadError, match=says):
             rig.supervisor.submit(rig.make([1]))
 
-    with_rig(tmp_path, body, step_s=0.01)
+    patience = dataclasses.replace(PATIENCE, max_restarts=1)
+    with_rig(tmp_path, body, patience=patience, step_s=0.01)
 
 
 def test_requests_come_and_go_while_there_is_no_engine(tmp_path: Path) -> None:
