@@ -40,6 +40,13 @@ def logging_as_it_was() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", autouse=True)
+def keep_what_is_left() -> None:
+    """Likewise what the tests before have imported: an engine that closes collects, every time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
 def one_torch_thread() -> Iterator[None]:
     torch = sys.modules.get("torch")
     if torch is None:  # a module that does not use it shall not pay for its import
