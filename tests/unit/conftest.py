@@ -21,10 +21,13 @@ def pytest_collection() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_authorities(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """HTTP clients read all authorities that they trust, for 50 ms each; tests use none of them."""
+def frugal_libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """HTTP clients read all authorities that they trust, for 50 ms each, and a process that imports
+    numpy begins with a thread per core, for 100 ms: no test needs them.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SSL_CERT_DIR", str(tmp_path_factory.mktemp("authorities")))
+        patch.setenv("OPENBLAS_NUM_THREADS", "1")
         yield
 
 
