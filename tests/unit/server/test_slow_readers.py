@@ -12,7 +12,7 @@ from support.fake_engine import fake_info
 
 from octavo.server.http1 import BoundedProtocol
 
-NUM_TOKENS = 6000  # with log-probabilities about 2 kB of events each: more than sockets hold
+NUM_TOKENS = 4000  # with log-probabilities about 2 kB of events each: more than sockets hold
 BODY = {
     "messages": [{"role": "user", "content": "hi"}],
     "logprobs": True,
@@ -70,7 +70,7 @@ def test_a_client_that_never_reads_holds_up_nobody_and_costs_little(talkative, b
     socks = [ask(server) for _ in range(3)]
     server.wait_for(lambda: len(server.engine.submitted) == 3 and not server.engine.num_live, 60)
     assert len(server.state.live) == 3  # the engine is through, their readers are not
-    # Of 12 MB each, the high-water mark and one write of at most 256 tokens.
+    # Of 8 MB each, the high-water mark and one write of at most 256 tokens.
     assert 0 < buffered_bytes() < 3 * (64 * 1024 + 256 * 3000)
     server.says("Hello, world!")
     begun = time.monotonic()
