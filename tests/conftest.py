@@ -20,7 +20,7 @@ settings.load_profile("octavo")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Who leaves the slow tests out is in a hurry: others run every property at full length."""
-    if config.option.markexpr == "not slow" and not config.option.hypothesis_profile:
+    if "not slow" in config.option.markexpr and not config.option.hypothesis_profile:
         settings.load_profile("quick")
 
 
