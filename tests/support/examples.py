@@ -7,5 +7,5 @@ from hypothesis import settings
 
 def examples(num: int, **options: object) -> settings:
     """`num` of them where the profile has its usual hundred, and in proportion elsewhere."""
-    scaled = num * settings.default.max_examples // 100
+    scaled = max(num * settings.default.max_examples // 100, 1)
     return settings(max_examples=scaled, **options)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Unit tests work on tiny tensors: more than one thread only makes them wait for each other."""
+"""Thousands of small tests: what each of them pays for what none of them needs is felt."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ def keep_what_is_left() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_torch_thread() -> Iterator[None]:
+    """With tiny tensors, more than one only makes them wait for each other."""
     torch = sys.modules.get("torch")
     if torch is None:  # a module that does not use it shall not pay for its import
         yield
