@@ -10,11 +10,14 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 serve: $(VENV)/.serve
 	$(BIN)/octavo serve $(ARGS)
 
+# The tests start many processes: what Python has compiled for one serves all, and the next run.
+test test-unit: export PYTHONDONTWRITEBYTECODE =
+
 # Everything, the slow tests too. `make test ARGS="-k scheduler"` runs a part.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
 
-# Seconds to a few minutes: no model weights, no real servers.
+# Two and a half minutes on two cores: no model weights, no real servers, fewer examples of properties.
 test-unit: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/unit -m "not slow" $(ARGS)
 

@@ -14,7 +14,14 @@ from octavo.text.tokenizer import Tokenizer
 
 # Machines are shared and noisy: no test fails by the clock of one example.
 settings.register_profile("octavo", deadline=None)
+settings.register_profile("quick", deadline=None, max_examples=25)
 settings.load_profile("octavo")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Who leaves the slow tests out is in a hurry: others run every property at full length."""
+    if "not slow" in config.option.markexpr and not config.option.hypothesis_profile:
+        settings.load_profile("quick")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -21,8 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from tqdm import tqdm
-
 from octavo.checkpoint.catalogue import BUILTIN_MODELS, BuiltinModel, models_folder
 from octavo.errors import CheckpointError
 from octavo.log import get_logger
@@ -178,6 +176,8 @@ _STDERR_FD = 2
 def _copy_checked(
     model: BuiltinModel, source: IO[bytes], target: IO[bytes] | None, progress: bool
 ) -> None:
+    from tqdm import tqdm
+
     digest, num_bytes = hashlib.sha256(), 0
     with tqdm(
         desc=f"checking {model.name}",
@@ -204,6 +204,7 @@ def _convert(model: BuiltinModel, gguf: Path, target: Path, progress: bool) -> N
     """Write the model in Hugging Face layout: weights as they are, and dequantised to float32."""
     import numpy as np
     from safetensors.numpy import save_file
+    from tqdm import tqdm
 
     from octavo.checkpoint.folder import QUANTIZED_FILE
     from octavo.checkpoint.gguf_config import hf_config, hf_generation_config

@@ -1,4 +1,5 @@
-"""A real engine process with the fake runner.
+"""A real engine process with the fake runner, as the process itself sees it: many are started, so
+that what it imports is felt.
 
 `EngineArgs.model` names a JSON file that says how it behaves; see `Behaviour`. A prompt that begins
 with one of the tokens below strikes as soon as its row computes the position that its second token
@@ -22,7 +23,6 @@ from support.fake_runner import FakeRunner
 
 from octavo.config import EngineArgs, EngineConfig
 from octavo.engine import process
-from octavo.engine.client import EngineProcess
 from octavo.engine.core import Runner
 from octavo.engine.messages import Configure
 from octavo.errors import ConfigError
@@ -42,17 +42,6 @@ class Behaviour:
         """The arguments of an engine that behaves so."""
         path.write_text(json.dumps(asdict(self)))
         return EngineArgs(model=str(path), block_size=BLOCK, max_model_len=MAX_LEN)
-
-
-_PATHS = [str(Path(__file__).parents[n]) for n in (2, 1)]  # the checkout, and its tests
-
-
-class FakeProcess(EngineProcess):
-    command = (
-        sys.executable,
-        "-c",
-        f"import sys; sys.path[:0] = {_PATHS!r}; from support import engine_child as e; e.run()",
-    )
 
 
 class Done:

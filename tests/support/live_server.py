@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -83,7 +84,8 @@ class LiveServer:
         assert done.wait(10)
 
     def ask_to_stop(self, *, with_grace: bool = False) -> None:
-        self._loop.call_soon_threadsafe(lambda: self.stop.ask(with_grace=with_grace))
+        with contextlib.suppress(RuntimeError):  # it has just ended by itself
+            self._loop.call_soon_threadsafe(lambda: self.stop.ask(with_grace=with_grace))
 
     def reset(self) -> None:
         self.engine.reply = lambda request: self.encode("Hello, world!")

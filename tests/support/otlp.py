@@ -29,7 +29,7 @@ class Collector(ThreadingHTTPServer):
         deadline_s = time.monotonic() + timeout_s
         while sum(span.name == name for span in self.spans()) < count:
             assert time.monotonic() < deadline_s, [span.name for span in self.spans()]
-            time.sleep(0.05)
+            time.sleep(0.01)
         return self.spans()
 
 
@@ -51,6 +51,6 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def collector() -> Iterator[Collector]:
     with Collector() as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         yield running
         running.shutdown()

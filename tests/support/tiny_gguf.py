@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +74,16 @@ def write_gguf(
     for key, value in (extra or {}).items():
         add = {str: writer.add_string, bool: writer.add_bool, float: writer.add_float32}
         add.get(type(value), writer.add_uint32)(key, value)
-    values = {}
-    rng = np.random.default_rng(seed)
-    for name, shape in _shapes(arch, tied):
-        array = rng.standard_normal(shape, dtype=np.float32)
-        kind = qtype if len(shape) == 2 else "F32"
-        values[name] = _add(writer, name, array, kind, rng)
+    tensors = dict(_tensors(arch, tied, qtype, seed))
     for name, array in (extra_tensors or {}).items():
-        values[name] = _add(writer, name, array, "F32", rng)
+        tensors[name] = (array.astype(np.float32), None, array.astype(np.float32))
+    for name, (stored, kind, _) in tensors.items():
+        writer.add_tensor(name, stored, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return values
+    return {name: values.copy() for name, (_, _, values) in tensors.items()}
 
 
 def write_byte_vocabulary(writer: gguf.GGUFWriter, pre: str = "smollm") -> None:
@@ -113,20 +111,32 @@ def _shapes(arch: str, tied: bool) -> list[tuple[str, tuple[int, ...]]]:
     return shapes
 
 
-def _add(
-    writer: gguf.GGUFWriter, name: str, array: np.ndarray, kind: str, rng: np.random.Generator
-) -> np.ndarray:
+Stored = tuple[np.ndarray, gguf.GGMLQuantizationType | None, np.ndarray]  # and what it stands for
+
+
+@lru_cache(maxsize=8)  # drawn and quantised once for tests that follow each other
+def _tensors(arch: str, tied: bool, qtype: str, seed: int) -> dict[str, Stored]:
+    tensors = {}
+    rng = np.random.default_rng(seed)
+    for name, shape in _shapes(arch, tied):
+        array = rng.standard_normal(shape, dtype=np.float32)
+        tensors[name] = _stored(array, qtype if len(shape) == 2 else "F32", rng)
+    return tensors
+
+
+def _stored(array: np.ndarray, kind: str, rng: np.random.Generator) -> Stored:
     if kind in ("F32", "F16"):
         array = array.astype(np.float32 if kind == "F32" else np.float16)
-        writer.add_tensor(name, array)
-        return array
+        array.flags.writeable = False
+        return array, None, array
     qtype = gguf.GGMLQuantizationType[kind]
     try:
         raw = quantize(array, qtype)
     except NotImplementedError:  # gguf cannot write K-quants: random blocks with sane scales
         raw = random_blocks(array.shape, kind, rng)
-    writer.add_tensor(name, raw, raw_dtype=qtype)
-    return gguf.quants.dequantize(raw, qtype)
+    values = gguf.quants.dequantize(raw, qtype)
+    raw.flags.writeable = values.flags.writeable = False
+    return raw, qtype, values
 
 
 # Byte offsets of the float16 scales in a block.

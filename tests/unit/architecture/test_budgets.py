@@ -6,6 +6,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from support.sources import parse
+
 PACKAGE = Path(__file__).parents[3] / "octavo"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILE_LINES = 500
@@ -16,7 +18,7 @@ MAX_ENVIRONMENT_VARIABLES = 10
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node
 
@@ -40,7 +42,7 @@ def test_functions_stay_short() -> None:
 def test_classes_stay_narrow() -> None:
     wide = []
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
                 methods = [
                     item.name

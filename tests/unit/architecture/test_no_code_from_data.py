@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from support.sources import parse
 
 PACKAGE = Path(__file__).parents[3] / "octavo"
 
@@ -29,7 +30,7 @@ KEYWORDS = frozenset(("trust_remote_code", "allow_pickle"))
 
 def violations(source: str) -> list[str]:
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse(source)):
         if isinstance(node, ast.Import):
             found += [a.name for a in node.names if a.name.split(".")[0] in MODULES]
         elif isinstance(node, ast.ImportFrom):

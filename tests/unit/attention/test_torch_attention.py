@@ -7,8 +7,9 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.examples import examples
 from support.paged import PagedCache
 
 from octavo.attention import AttentionSpec, TorchAttention, get_backend, torch_backend
@@ -111,7 +112,7 @@ def test_small_tiles_and_groups_change_nothing(spec, monkeypatch):
     sequences.check([(seq, 1) for seq in (3, 0, 5, 1, 4, 2)])
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     spec=st.sampled_from(list(SPECS.values())),
     block_size=st.sampled_from([1, 3, 16]),

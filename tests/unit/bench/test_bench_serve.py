@@ -139,11 +139,12 @@ def test_failures_are_counted_by_cause(answer, cause):
         return answer(body) if len(server.bodies) % 2 else spoken(body, step_s=0.0)
 
     with FakeOpenAI(answer_half) as server:
-        timeout_s = 0.6 if answer is hangs else 10.0
-        report = measure(server, timeout_s=timeout_s, max_concurrency=1).report
-    assert report.failures == {cause: 3}
-    assert (report.num_failed, report.figures.num_requests) == (3, 3)
-    assert report.figures.num_output_tokens == 15
+        timeout_s, num = (0.6, 2) if answer is hangs else (10.0, 6)
+        load = loads.random_sizes(input_len=8, output_len=5, num_requests=num, seed=0)
+        report = measure(server, load, timeout_s=timeout_s, max_concurrency=1).report
+    assert report.failures == {cause: num // 2}
+    assert (report.num_failed, report.figures.num_requests) == (num // 2, num // 2)
+    assert report.figures.num_output_tokens == 5 * num // 2
 
 
 def test_refusals_are_counted_with_what_they_were_told():

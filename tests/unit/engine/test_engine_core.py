@@ -123,13 +123,13 @@ def test_requests_get_their_tokens_and_one_finish(is_async: bool) -> None:
 @pytest.mark.parametrize("num_steps", [0, 1, 3])
 def test_a_deadline_is_told_wherever_its_request_is(is_async: bool, num_steps: int) -> None:
     core, _ = make(async_scheduling=is_async)
-    late = dataclasses.replace(request(1, max_tokens=20), deadline_s=time.monotonic() + 0.2)
+    late = dataclasses.replace(request(1, max_tokens=20), deadline_s=time.monotonic() + 0.05)
     core.add(late)
     tokens = []
     for _ in range(num_steps):
         if (outputs := core.step()) is not None:
             tokens += outputs.token_ids
-    time.sleep(0.25)
+    time.sleep(0.06)
     finishes = [finish for outputs in outputs_of(core) for finish in outputs.finished]
     assert finishes == [Finish(1, "timeout")]
     assert tokens == expected_tokens(late)[0][: len(tokens)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.examples import examples
 
 from octavo.engine.journal import Entry, Journal
 from octavo.types import (
@@ -94,7 +95,7 @@ class Engine:
             self.journal.finish(Finish(killer.request.request_id, "error"))
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(
     num_requests=st.integers(1, 24),
     strikes=st.dictionaries(st.integers(1, 24), st.integers(0, 18), max_size=4),

@@ -12,8 +12,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.examples import examples
 from support.fake_runner import expected_tokens
 from support.flights import BLOCKS, BUDGET, INFO, MAX_LEN, Device, fly, request
 
@@ -30,7 +31,7 @@ def replay(path: Path) -> Outcome:
 
 
 @pytest.mark.slow
-@settings(max_examples=300)
+@examples(300)
 @given(
     lengths=st.lists(
         st.tuples(

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,6 @@ from support.engine_child import (
     KILLS,
     RAISES,
     Behaviour,
-    FakeProcess,
 )
 from support.fake_config import fake_checkpoint
 from support.fake_runner import expected_tokens
@@ -32,6 +32,15 @@ from octavo.errors import ConfigError, EngineDeadError
 from octavo.types import EngineRequest, Finish, SamplingParams, StepOutputs
 
 PATIENCE = Patience(step_s=1.0, silence_s=1.0, max_restarts=3, spare_after_s=None)
+_PATHS = [str(Path(__file__).parents[n]) for n in (3, 2)]  # the checkout, and its tests
+
+
+class FakeProcess(EngineProcess):
+    command = (
+        sys.executable,
+        "-c",
+        f"import sys; sys.path[:0] = {_PATHS!r}; from support import engine_child as e; e.run()",
+    )
 
 
 class Rig:
@@ -246,7 +255,8 @@ def test_an_engine_that_cannot_start_again_ends_with_its_cause(
         with pytest.raises(EngineDeadError, match=says):
             rig.supervisor.submit(rig.make([1]))
 
-    with_rig(tmp_path, body, step_s=0.01)
+    patience = dataclasses.replace(PATIENCE, max_restarts=1)
+    with_rig(tmp_path, body, patience=patience, step_s=0.01)
 
 
 def test_requests_come_and_go_while_there_is_no_engine(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.examples import examples
 
 from octavo.kernels.cpu import library, ops
 from octavo.kernels.random import uniforms
@@ -94,7 +95,7 @@ def make_logits(num_rows: int, size: int, seed: int, forbidden: float, grain: fl
 
 
 @pytest.mark.parametrize("isa_name", ISAS)
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     rows=st.lists(ROWS, min_size=1, max_size=5),
     size=SIZES,
@@ -189,8 +190,8 @@ def test_frequencies_are_the_probabilities(isa):
     logits = torch.linspace(-4, 2, 100)[order]
     num = 40_000
     for row in (Row(), Row(temperature=1.7, top_p=0.8), Row(top_k=30, min_p=0.05)):
-        rows = [row._replace(seed=i) for i in range(num)]
-        tokens = sample(logits.expand(num, 100), *columns(rows))
+        *shape, _, position = (column.expand(num).contiguous() for column in columns([row]))
+        tokens = sample(logits.expand(num, 100), *shape, torch.arange(num), position)
         weights = torch.softmax(logits / row.temperature, 0)
         weights = weights * (weights >= row.min_p * weights.max())
         order = weights.argsort(descending=True)

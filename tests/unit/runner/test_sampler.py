@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.examples import examples
 from transformers import (
     MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
@@ -235,7 +236,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(st.lists(OPTIONS, min_size=2, max_size=6), st.integers(0, 2**31))
 def test_a_row_draws_the_same_alone_and_in_company(options: list[dict], seed: int) -> None:
     requests = [make_request(seed=seed + i, **option) for i, option in enumerate(options)]

@@ -12,8 +12,9 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from support.examples import examples
 from support.fake_runner import VOCAB, FakeRunner, expected_tokens
 
 from octavo.config import SchedulerConfig
@@ -218,14 +219,14 @@ def check(scenario: Scenario) -> Simulation:
     return simulation
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(300, suppress_health_check=[HealthCheck.too_slow])
 @given(scenarios)
 def test_streams_are_those_of_each_request_alone(scenario: Scenario) -> None:
     check(scenario)
 
 
 @pytest.mark.slow
-@settings(max_examples=2500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(2500, suppress_health_check=[HealthCheck.too_slow])
 @given(scenarios)
 def test_streams_are_those_of_each_request_alone_at_length(scenario: Scenario) -> None:
     check(scenario)

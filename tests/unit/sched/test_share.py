@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.sched.share import share_prefill_budget
@@ -48,7 +48,6 @@ def test_a_short_prompt_passes_long_ones(long_prompts: list[int], budget: int) -
     assert steps <= -(-short // (budget // 4))
 
 
-@settings(deadline=None)
 @given(remaining_lists.filter(bool), st.integers(1, 512), thresholds)
 def test_everybody_gets_through(
     remaining: list[tuple[int, int]], budget: int, threshold: int

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.examples import examples
 
 from octavo.sched.request import Request
 from octavo.sched.waiting_queue import WaitingQueue
@@ -167,7 +168,7 @@ events = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(events, st.sampled_from(["fcfs", "priority"]), st.sampled_from([0.0, 3.0]))
 def test_the_next_is_always_the_one_of_lowest_rank(
     events: list[tuple[str, str, int, int]], policy: str, ageing_s: float

@@ -16,6 +16,7 @@ import pytest
 
 from octavo.config.server import ServerConfig
 from octavo.errors import ConfigError
+from octavo.server import http1
 from octavo.server.app import create_app
 from octavo.server.listener import bind
 from octavo.server.state import sampling_defaults
@@ -34,7 +35,7 @@ async def main():
 
     async def start(starting):
         state = make_state(doors.config)
-        state.engine.step_s = 0.05
+        state.engine.step_s = 0.03
         return state
 
     await run.serve(start, doors, lambda state: print(doors.sock.getsockname()[1], flush=True))
@@ -105,7 +106,8 @@ def test_many_headers_are_cut_off(server):
     assert reply.startswith(b"HTTP/1.1 431")
 
 
-def test_garbage_gets_openais_shape(server):
+def test_garbage_gets_openais_shape(server, monkeypatch):
+    monkeypatch.setattr(http1, "_LINGER_S", 0.1)
     reply = exchange(server.url, b"\x16\x03\x01 this is not HTTP\r\n\r\n")
     assert reply.startswith(b"HTTP/1.1 400 Bad Request")
     assert json.loads(reply.split(b"\r\n\r\n")[1])["error"]["code"] == "invalid_http"

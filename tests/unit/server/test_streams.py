@@ -158,7 +158,7 @@ def test_a_silent_stream_says_that_it_is_still_there(start_server):
     assert lines.count(": still here") >= 3
     assert lines[-2] == "data: [DONE]"
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
-        server.engine.step_s = 0.25
+        server.engine.step_s = 0.15
         said = [
             chunk.choices[0].text
             for chunk in client.completions.create(

@@ -296,6 +296,7 @@ def test_a_collector_that_is_away_is_told_of_once_and_waited_for_briefly(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+    monkeypatch.setattr("octavo.server.collector._CLOSE_S", 0.5)
     monkeypatch.setattr(logging.getLogger("octavo"), "propagate", True)
     with caplog.at_level("INFO"):
         server.state.tracing = to_collector("http://user:secret@127.0.0.1:9", "m")

@@ -3,8 +3,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.examples import examples
 from support.tiny_tokenizers import byte_level_json, sentencepiece_json
 
 from octavo.text.detokenizer import _MAX_HELD_TOKENS, IncrementalDetokenizer
@@ -109,7 +110,7 @@ def test_the_window_is_bounded(monkeypatch):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=200)
+@examples(200)
 @given(data=st.data())
 def test_the_real_tokenizer(smollm2_dir, data):
     tokenizer = _real(smollm2_dir)
