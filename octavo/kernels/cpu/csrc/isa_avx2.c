@@ -11,7 +11,7 @@
 
 #define LANES 8
 #define MR 4
-#define RB 2
+#define SUMS 12
 typedef float vf __attribute__((vector_size(32)));
 typedef int32_t vi __attribute__((vector_size(32)));
 typedef float vfu __attribute__((vector_size(32), aligned(4), may_alias));
@@ -84,25 +84,6 @@ INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, vi *dot
             __asm__("" : "+x"(dots[r])); /* as above */
         }
     }
-}
-
-INLINE_ISA void transpose(vf *y) {
-    __m256 *x = (__m256 *)y, t[8];
-    for (int i = 0; i < 8; i += 2) {
-        t[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
-        t[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        x[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-        x[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-        x[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-        x[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm256_permute2f128_ps(x[i], x[i + 4], 0x20);
-        t[i + 4] = _mm256_permute2f128_ps(x[i], x[i + 4], 0x31);
-    }
-    for (int i = 0; i < 8; i++) x[i] = t[i];
 }
 
 #include "kernels.inc.h"

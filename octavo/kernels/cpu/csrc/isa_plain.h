@@ -1,7 +1,7 @@
 /* Four lanes in plain C: what the generic and NEON versions share. */
 #define LANES 4
 #define MR 4
-#define RB 2
+#define SUMS 12
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
 typedef float vfu __attribute__((vector_size(16), aligned(4), may_alias));
@@ -16,13 +16,4 @@ INLINE_ISA float sum_lanes(vf x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 INLINE_ISA float max_lanes(vf x) {
     float low = x[0] > x[2] ? x[0] : x[2], high = x[1] > x[3] ? x[1] : x[3];
     return low > high ? low : high;
-}
-
-INLINE_ISA void transpose(vf *x) {
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < i; j++) {
-            float swapped = x[i][j];
-            x[i][j] = x[j][i];
-            x[j][i] = swapped;
-        }
 }
