@@ -44,6 +44,15 @@ INLINE_ISA void store_half(uint8_t *p, vf x) {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
 }
 
+INLINE_ISA void narrow_group(const vi *x, int8_t *to) {
+    __m256i low = _mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]);
+    __m256i high = _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]);
+    /* Both packed within their 128-bit halves: fours lie in the order 0, 2, 4, 6, 1, 3, 5, 7. */
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    _mm256_storeu_si256((__m256i *)to, bytes);
+}
+
 INLINE_ISA __m256i four(const int8_t *q, int v, int r) {
     int32_t bytes;
     __builtin_memcpy(&bytes, FOUR(q, v, r), 4);

@@ -36,6 +36,11 @@ INLINE_ISA void store_half(uint8_t *p, vf x) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
 }
 
+INLINE_ISA void narrow_group(const vi *x, int8_t *to) {
+    for (int v = 0; v < 2; v++)
+        _mm_storeu_si128((__m128i *)to + v, _mm512_cvtepi32_epi8((__m512i)x[v]));
+}
+
 INLINE_ISA __m512i four(const int8_t *q, int v, int r) {
     int32_t bytes;
     __builtin_memcpy(&bytes, FOUR(q, v, r), 4);

@@ -17,3 +17,7 @@ INLINE_ISA float max_lanes(vf x) {
     float low = x[0] > x[2] ? x[0] : x[2], high = x[1] > x[3] ? x[1] : x[3];
     return low > high ? low : high;
 }
+
+INLINE_ISA void narrow_group(const vi *x, int8_t *to) {
+    for (int i = 0; i < GROUP; i++) to[i] = (int8_t)x[i / LANES][i % LANES];
+}

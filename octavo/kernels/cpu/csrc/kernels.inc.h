@@ -6,6 +6,7 @@
  *   vmax, vmin       b where a or b is no number
  *   sum_lanes, max_lanes
  *   load_half(p)     LANES float16s as floats; store_half(p, x)
+ *   narrow_group(x, to)  GROUP int32s, all within [-127, 127], to bytes
  *   dot_q4, dot_q8   see multiply_panel */
 #include "vectors.inc.h"
 
