@@ -141,7 +141,8 @@ typedef struct {
 } isa;
 
 extern const isa isa_generic, isa_avx2, isa_avx512, isa_neon;
-const isa *find_amx(void); /* amx.c: NULL if this CPU, or its system, has no tiles */
+/* NULL if this CPU, its system or the compiler lacks the instructions beyond AVX-512, AVX2. */
+const isa *find_amx(void), *find_avxvnni(void);
 extern const isa *active; /* set once, by dispatch.c */
 
 /* ---- pool.c */
