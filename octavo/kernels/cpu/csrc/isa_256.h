@@ -1,5 +1,6 @@
 /* Eight lanes in AVX2, FMA and F16C: what products of bytes have no part in. */
 #define LANES 8
+#define MR 8 /* all registers hold products; results of the groups before wait in memory */
 #define SUMS 12
 typedef float vf __attribute__((vector_size(32)));
 typedef int32_t vi __attribute__((vector_size(32)));

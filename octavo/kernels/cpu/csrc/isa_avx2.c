@@ -9,7 +9,6 @@
 
 #include "native.h"
 
-#define MR 4
 #include "isa_256.h"
 
 /* Sixteen products of at most 15 * 127 add up to 30,480: a group's sum fits 16 bits. */

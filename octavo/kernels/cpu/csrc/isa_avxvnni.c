@@ -12,7 +12,6 @@
 #include <cpuid.h>
 #include <immintrin.h>
 
-#define MR 8 /* all registers hold products; results of a group before wait in memory */
 #include "isa_256.h"
 
 INLINE_ISA vi add_products(vi sums, __m256i weights, __m256i x) {
