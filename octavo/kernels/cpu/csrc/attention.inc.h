@@ -200,9 +200,10 @@ INLINE void attend_step(const int type, const attention *a, tile *t, int32_t fro
 
 INLINE void attend_in(const int type, const attention *a, tile *t, int32_t from, int32_t to,
                       int32_t first, const step *s) {
-    /* Few rows read the cache itself; for many it is widened once. */
+    /* Few rows read the cache itself; for many it is widened once, and so are keys of blocks that
+     * are shorter than a vector. */
     step other = {.num_keys = s->num_keys};
-    if (s->span >= LANES && (to - from <= RB || type == FLOAT32)) {
+    if (s->span >= LANES && (to - from <= 2 * RB || type == FLOAT32)) {
         find_vectors(type, s, other.keys);
         memcpy(other.values, s->values, sizeof other.values);
         attend_step(type, a, t, from, to, first, &other, s->stride);
