@@ -230,7 +230,10 @@ def main() -> None:
     parser.add_argument("--loads", nargs="*", default=list(LOADS), choices=LOADS)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
-        "--isa", nargs="*", default=[], help="also Octavo held to these: avx512, avx2, generic"
+        "--isa",
+        nargs="*",
+        default=[],
+        help="also Octavo held to these: avx512, avxvnni, avx2, generic",
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)

@@ -1,7 +1,8 @@
 """The protocol behind which attention implementations stand.
 
 KV cache of one layer: k and v, each [num_blocks, block_size, num_kv_heads, head_dim]. Block 0 is
-never given to a request: padding may point at it and write to it.
+never given to a request: padding may point at it and write to it. What lies where within a block is
+a backend's own affair.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """Paged attention in native code, for float32 on a CPU, over a cache of any precision.
 
 Keys and values are read where they lie in the cache, once for all query heads that share them, with
-an online softmax in float32. A long sequence is summed up in segments of fixed length that are
-merged in order, so that threads can share it; a token's result depends on its own sequence alone,
-bit for bit, whatever the batch and however its prompt was cut into chunks.
+an online softmax in float32. Within a block they lie in an order of their own, head by head and
+keys dimension by dimension (csrc/native.h), so that neither has to be shuffled. A long sequence is
+summed up in segments of fixed length that are merged in order, so that threads can share it; a
+token's result depends on its own sequence alone, bit for bit, whatever the batch and however its
+prompt was cut into chunks.
 """
 
 from __future__ import annotations

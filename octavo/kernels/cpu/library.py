@@ -156,9 +156,10 @@ def is_available() -> bool:
 
 
 def use_isa(name: str) -> bool:
-    """Switch to an instruction set ("generic", "avx2", "avx512", "amx", "neon"; "" is the best);
-    False if this CPU lacks it. Matrices packed before become unreadable, except that "avx512" and
-    "amx" read each other's: for tests and comparisons.
+    """Switch to an instruction set ("generic", "avx2", "avxvnni", "avx512", "amx", "neon"; "" is
+    the best); False if this CPU, or the compiler that built the library, lacks it. Matrices packed
+    before become unreadable, except that "avx512" and "amx" read each other's: for tests and
+    comparisons.
     """
     library = load()
     return library is not None and library.octavo_use_isa(name.encode()) is not None

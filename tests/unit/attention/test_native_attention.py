@@ -44,7 +44,7 @@ def steps_of(spec):
     ]
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512", "neon"])
+@pytest.fixture(params=["generic", "avx2", "avxvnni", "avx512", "neon"])
 def isa(request):
     if not library.use_isa(request.param):
         pytest.skip("this CPU lacks it")

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not library.is_available(), reason="not built: n
 KINDS = list(ops.KINDS)
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512", "amx", "neon"])
+@pytest.fixture(params=["generic", "avx2", "avxvnni", "avx512", "amx", "neon"])
 def isa(request):
     if not library.use_isa(request.param):
         pytest.skip("this CPU lacks it")
@@ -47,8 +47,9 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     return (steps * scale).reshape(x.shape)
 
 
-# Digests of a packed matrix of each kind, by the vectors' lanes. Where one changes, so must
-# PACKING_VERSION of csrc/native.h: packed weights are kept on disk.
+# Digests of a packed matrix of each kind, by the vectors' lanes, and of 8 bits by whether signs are
+# flipped. Where one changes, so must PACKING_VERSION of csrc/native.h: packed weights are kept on
+# disk.
 PACKED = {
     (4, "Q4_0"): "bf46bb42cf40103d",
     (4, "Q4_1"): "3bb0323b6968b257",
@@ -56,11 +57,12 @@ PACKED = {
     (8, "Q4_0"): "8f61b536672f9632",
     (8, "Q4_1"): "c28942c34439360c",
     (8, "Q8_0"): "2ad8e2e299fd73b2",
+    (8, "Q8_0", "flipped"): "c71b8ca1210ec2d9",
     (16, "Q4_0"): "e594cc54b3d9089d",
     (16, "Q4_1"): "6540a764db6faeb1",
-    (16, "Q8_0"): "276fd502bf4c272e",
+    (16, "Q8_0", "flipped"): "276fd502bf4c272e",
 }
-LANES = {"generic": 4, "neon": 4, "avx2": 8, "avx512": 16, "amx": 16}
+LANES = {"generic": 4, "neon": 4, "avx2": 8, "avxvnni": 8, "avx512": 16, "amx": 16}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,7 +75,8 @@ def test_a_change_of_the_packed_bytes_needs_another_version(isa, kind):
     matrix = ops.PackedMatrix(kind, 37, 96)
     matrix.fill(blocks)
     digest = hashlib.sha256(matrix.packed.numpy()).hexdigest()[:16]
-    assert digest == PACKED[LANES[isa], kind]
+    is_flipped = kind == "Q8_0" and isa in ("avxvnni", "avx512", "amx")
+    assert digest == PACKED[(LANES[isa], kind, *["flipped"] * is_flipped)]
     assert library.isa() == isa
     assert library.packing() == {"amx": "avx512-1"}.get(isa, f"{isa}-1")
 

@@ -17,7 +17,7 @@ from octavo.kernels.sampling import penalise_torch, rate, rate_torch, sample, sa
 
 pytestmark = pytest.mark.skipif(not library.is_available(), reason="not built: no C compiler")
 
-ISAS = ("generic", "avx2", "avx512", "neon")
+ISAS = ("generic", "avx2", "avxvnni", "avx512", "neon")
 SLACK = 1e-5  # what rounding may shift a share of the mass by
 LAST_POSITION = 26_683_239  # where the number of seed 0 is the largest there is
 

@@ -21,7 +21,7 @@ PROMPTS = [[(7 * i + 3 * n) % 500 for i in range(n)] for n in (1, 5, 16, 23, 30,
 PARAMS = SamplingParams(temperature=0, max_tokens=40, logprobs=1, ignore_eos=True)
 
 
-@pytest.fixture(params=["", "avx512", "avx2"])
+@pytest.fixture(params=["", "avx512", "avxvnni", "avx2"])
 def folder(tmp_path, monkeypatch, request):
     """A checkpoint whose layers are a stack."""
     if not library.use_isa(request.param):

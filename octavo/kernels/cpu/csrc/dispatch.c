@@ -30,9 +30,11 @@ static int has_neon(void) { return 1; } /* every Apple chip */
 static const isa *find(const char *name) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const isa *amx = has_avx512() && (!*name || !strcmp(name, "amx")) ? find_amx() : NULL;
-    if (amx) return amx;
+    const isa *more = has_avx512() && (!*name || !strcmp(name, "amx")) ? find_amx() : NULL;
+    if (more) return more;
     if (has_avx512() && (!*name || !strcmp(name, "avx512"))) return &isa_avx512;
+    if (has_avx2() && (!*name || !strcmp(name, "avxvnni"))) more = find_avxvnni();
+    if (more) return more;
     if (has_avx2() && (!*name || !strcmp(name, "avx2"))) return &isa_avx2;
 #endif
 #if defined(__aarch64__)

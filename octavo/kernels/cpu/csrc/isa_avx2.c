@@ -9,46 +9,7 @@
 
 #include "native.h"
 
-#define LANES 8
-#define MR 4
-#define RB 2
-typedef float vf __attribute__((vector_size(32)));
-typedef int32_t vi __attribute__((vector_size(32)));
-typedef float vfu __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t viu __attribute__((vector_size(32), aligned(4), may_alias));
-
-#define INLINE_ISA static inline __attribute__((always_inline))
-
-INLINE_ISA vf vfma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-
-INLINE_ISA vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
-INLINE_ISA vf vmin(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
-
-INLINE_ISA float sum_lanes(vf x) {
-    __m128 y = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
-    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
-    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
-}
-
-INLINE_ISA float max_lanes(vf x) {
-    __m128 y = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
-    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
-    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
-}
-
-INLINE_ISA vf load_half(const uint8_t *p) {
-    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
-}
-
-INLINE_ISA void store_half(uint8_t *p, vf x) {
-    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
-}
-
-INLINE_ISA __m256i four(const int8_t *q, int v, int r) {
-    int32_t bytes;
-    __builtin_memcpy(&bytes, FOUR(q, v, r), 4);
-    return _mm256_set1_epi32(bytes);
-}
+#include "isa_256.h"
 
 /* Sixteen products of at most 15 * 127 add up to 30,480: a group's sum fits 16 bits. */
 INLINE_ISA void dot_q4(const int num, const uint8_t *w, const int8_t *q, vi *dots) {
@@ -84,25 +45,6 @@ INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, vi *dot
             __asm__("" : "+x"(dots[r])); /* as above */
         }
     }
-}
-
-INLINE_ISA void transpose(vf *y) {
-    __m256 *x = (__m256 *)y, t[8];
-    for (int i = 0; i < 8; i += 2) {
-        t[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
-        t[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {
-        x[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-        x[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-        x[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-        x[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm256_permute2f128_ps(x[i], x[i + 4], 0x20);
-        t[i + 4] = _mm256_permute2f128_ps(x[i], x[i + 4], 0x31);
-    }
-    for (int i = 0; i < 8; i++) x[i] = t[i];
 }
 
 #include "kernels.inc.h"

@@ -13,7 +13,7 @@
 
 #define LANES 16
 #define MR 8
-#define RB 4
+#define SUMS 24
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef float vfu __attribute__((vector_size(64), aligned(4), may_alias));
@@ -34,6 +34,11 @@ INLINE_ISA vf load_half(const uint8_t *p) {
 
 INLINE_ISA void store_half(uint8_t *p, vf x) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+}
+
+INLINE_ISA void narrow_group(const vi *x, int8_t *to) {
+    for (int v = 0; v < 2; v++)
+        _mm_storeu_si128((__m128i *)to + v, _mm512_cvtepi32_epi8((__m512i)x[v]));
 }
 
 INLINE_ISA __m512i four(const int8_t *q, int v, int r) {
@@ -64,29 +69,6 @@ INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, vi *dot
         for (int r = 0; r < num; r++)
             dots[r] = (vi)_mm512_dpbusd_epi32((__m512i)dots[r], weights, four(q, v, r));
     }
-}
-
-/* Swap ever larger off-diagonal squares. */
-#define SWAP(step, low, high)                                        \
-    for (int i = 0; i < 16; i++)                                     \
-        if (!(i & step)) {                                           \
-            vf a = x[i], b = x[i + step];                            \
-            x[i] = __builtin_shuffle(a, b, low);                     \
-            x[i + step] = __builtin_shuffle(a, b, high);             \
-        }
-#if defined(__clang__)
-#define __builtin_shuffle(a, b, m) \
-    (vf) _mm512_permutex2var_ps((__m512)(a), (__m512i)(m), (__m512)(b))
-#endif
-INLINE_ISA void transpose(vf *x) {
-    const vi low1 = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
-    const vi low2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
-    const vi low4 = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
-    const vi low8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
-    SWAP(1, low1, low1 + 1)
-    SWAP(2, low2, low2 + 2)
-    SWAP(4, low4, low4 + 4)
-    SWAP(8, low8, low8 + 8)
 }
 
 #include "kernels.inc.h"

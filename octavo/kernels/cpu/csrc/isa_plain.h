@@ -1,7 +1,7 @@
 /* Four lanes in plain C: what the generic and NEON versions share. */
 #define LANES 4
 #define MR 4
-#define RB 2
+#define SUMS 12
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
 typedef float vfu __attribute__((vector_size(16), aligned(4), may_alias));
@@ -18,11 +18,6 @@ INLINE_ISA float max_lanes(vf x) {
     return low > high ? low : high;
 }
 
-INLINE_ISA void transpose(vf *x) {
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < i; j++) {
-            float swapped = x[i][j];
-            x[i][j] = x[j][i];
-            x[j][i] = swapped;
-        }
+INLINE_ISA void narrow_group(const vi *x, int8_t *to) {
+    for (int i = 0; i < GROUP; i++) to[i] = (int8_t)x[i / LANES][i % LANES];
 }

@@ -1,13 +1,13 @@
 /* The kernels, written once for vectors of LANES floats. An instruction set defines, before it
  * includes this:
- *   LANES, MR (rows multiplied together), RB (rows of scores held in registers)
+ *   LANES, MR (rows multiplied together), SUMS (sums that attention holds in registers)
  *   vf, vi           vectors of LANES floats and int32s; vfu, viu the same, unaligned
  *   vfma(a, b, c)    a * b + c, rounded once
  *   vmax, vmin       b where a or b is no number
  *   sum_lanes, max_lanes
  *   load_half(p)     LANES float16s as floats; store_half(p, x)
- *   dot_q4, dot_q8   see multiply_group
- *   transpose(x)     LANES vectors in place */
+ *   narrow_group(x, to)  GROUP int32s, all within [-127, 127], to bytes
+ *   dot_q4, dot_q8   see multiply_panel */
 #include "vectors.inc.h"
 
 #include "attention.inc.h"

@@ -1,15 +1,27 @@
 /* Rounding activations and weights to 8 bits, and matrix multiplication. */
 
 #define GROUP_VECTORS (GROUP / LANES)
-typedef int8_t vb __attribute__((vector_size(LANES)));
+
+/* A group's values times `inverse`, as bytes; returns their sum. A value that is no number stays one
+ * in the scale; here it must only stay in range. */
+INLINE float round_group(const vf *values, float inverse, int8_t *to) {
+    vi rounded[GROUP_VECTORS], sums = {};
+    for (int v = 0; v < GROUP_VECTORS; v++) {
+        rounded[v] = round_to_int(vmax(vmin(values[v] * splat(inverse), splat(127)), splat(-127)));
+        sums += rounded[v];
+    }
+    narrow_group(rounded, to);
+    return sum_lanes(to_float(sums));
+}
 
 /* A row of numbers of any type as GGUF's Q8_0 blocks; a last group that is not full is padded. */
 INLINE void row_to_q8_0(const int type, const uint8_t *x, int64_t size, uint8_t *block) {
     const int64_t width = width_of(type);
     for (int64_t i = 0; i < size; i += GROUP, block += 34) {
-        uint8_t tail[4 * GROUP] = {0};
+        uint8_t tail[4 * GROUP];
         const uint8_t *from = x + i * width;
         if (size - i < GROUP) {
+            memset(tail, 0, sizeof tail);
             memcpy(tail, from, (size_t)((size - i) * width));
             from = tail;
         }
@@ -21,11 +33,7 @@ INLINE void row_to_q8_0(const int type, const uint8_t *x, int64_t size, uint8_t 
         uint16_t half = float_to_half(max_lanes(most) / 127);
         float scale = half_to_float(half), inverse = scale > 0 ? 1 / scale : 0;
         memcpy(block, &half, 2);
-        for (int v = 0; v < GROUP_VECTORS; v++) {
-            vf scaled = vmax(vmin(values[v] * splat(inverse), splat(127)), splat(-127));
-            vb bytes = __builtin_convertvector(round_to_int(scaled), vb);
-            memcpy(block + 2 + v * LANES, &bytes, LANES);
-        }
+        round_group(values, inverse, (int8_t *)block + 2);
     }
 }
 
@@ -42,31 +50,25 @@ static void quantize(const float *x, int32_t in_features, activations *to, int64
     for (int32_t g = 0; g < to->num_groups; g++) {
         int64_t cell = cell_of(to, row) + g * CELL_ROWS;
         int8_t *q = to->q + first_four(to, row) + g * CELL_ROWS * GROUP, bytes[GROUP];
-        float tail[GROUP] = {0};
+        float tail[GROUP];
         const float *from = x + g * GROUP;
         if (in_features - g * GROUP < GROUP) {
+            memset(tail, 0, sizeof tail);
             memcpy(tail, from, (size_t)(in_features - g * GROUP) * sizeof(float));
             from = tail;
         }
-        vf most = {};
-        for (int v = 0; v < GROUP_VECTORS; v++) most = vmax(most, vabs(load(from + v * LANES)));
+        vf values[GROUP_VECTORS], most = {};
+        for (int v = 0; v < GROUP_VECTORS; v++) {
+            values[v] = load(from + v * LANES);
+            most = vmax(most, vabs(values[v]));
+        }
         float scale = max_lanes(most) / 127.0f;
         float inverse = scale > 0 ? 1.0f / scale : 0.0f;
-        vi sums = {};
-        for (int v = 0; v < GROUP_VECTORS; v++) {
-            /* A value that is no number stays one in the scale; here it must only stay in range. */
-            vf scaled = vmax(vmin(load(from + v * LANES) * splat(inverse), splat(127)), splat(-127));
-            vi rounded = round_to_int(scaled);
-            vb narrow = __builtin_convertvector(rounded, vb);
-            memcpy(bytes + v * LANES, &narrow, LANES);
-            sums += rounded;
-        }
+        float sum = round_group(values, inverse, bytes);
         for (int v = 0; v < FOURS; v++) memcpy(FOUR(q, v, 0), bytes + 4 * v, 4);
-        int32_t sum = 0;
-        for (int l = 0; l < LANES; l++) sum += sums[l];
         to->scale[cell] = scale;
-        to->offset[cell] = -to->zero * sum;
-        to->xsum[cell] = scale * (float)sum;
+        to->offset[cell] = -to->zero * (int32_t)sum;
+        to->xsum[cell] = scale * sum;
     }
 }
 

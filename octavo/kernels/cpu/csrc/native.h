@@ -60,7 +60,8 @@ typedef struct {
     const float *query; /* token stride query_stride, head stride head_dim */
     int64_t query_stride;
     float *output; /* [num_tokens][num_heads][head_dim] */
-    uint8_t *k, *v; /* [num_blocks][block_size][num_kv_heads][head_dim] */
+    uint8_t *k; /* [num_blocks][num_kv_heads][head_dim][block_size]: scores are sums of vectors */
+    uint8_t *v; /* [num_blocks][num_kv_heads][block_size][head_dim] */
     int32_t num_heads, num_kv_heads, head_dim;
     int32_t window; /* 0: none */
     float scale, softcap; /* softcap 0: none */
@@ -83,20 +84,21 @@ typedef struct {
     int32_t num_roles;
 } batch;
 
-/* Some queries of one sequence for one KV head, over keys of segments [first, last). */
+/* Some queries of one sequence for some KV heads, over keys of segments [first, last). */
 typedef struct {
-    int32_t seq, kv_head;
+    int32_t seq;
+    int32_t kv_head, num_kv_heads; /* the first one, and how many */
     int32_t token;    /* of the step, the first query's */
     int32_t position; /* in the sequence, the first query's */
     int32_t num_queries;
     int32_t first_segment, last_segment;
-    float *partial; /* NULL: write the output; else [num_heads/num_kv_heads][head_dim + 2] */
+    float *partial; /* NULL: write the output; else of each row [head_dim + 2] */
 } attention_item;
 
 /* Keys of one segment are summed up on their own and segments merged in order, so that the work on
  * a long sequence can be divided without changing a bit of the result. */
 #define SEGMENT 512
-#define MAX_TILE_FLOATS 4096 /* query rows of an item times head_dim */
+#define MAX_TILE_FLOATS 4096 /* rows (queries times heads) of an item times head_dim */
 #define MAX_TILE_ROWS 64
 #define MAX_HEAD_DIM 256
 
@@ -139,7 +141,8 @@ typedef struct {
 } isa;
 
 extern const isa isa_generic, isa_avx2, isa_avx512, isa_neon;
-const isa *find_amx(void); /* amx.c: NULL if this CPU, or its system, has no tiles */
+/* NULL if this CPU, its system or the compiler lacks the instructions beyond AVX-512, AVX2. */
+const isa *find_amx(void), *find_avxvnni(void);
 extern const isa *active; /* set once, by dispatch.c */
 
 /* ---- pool.c */
