@@ -68,7 +68,7 @@ class Batch(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """`layer` of csrc/compute.c."""
+    """`layer` of csrc/layers.c."""
 
     _fields_ = (
         *((name, Matrix) for name in ("qkv", "out", "gate_up", "down")),

@@ -151,9 +151,21 @@ void pool_run(int32_t num_chunks, task run, void *context);
 int32_t pool_threads(void);
 void pool_resize(int32_t num_threads);
 
-void *scratch(size_t num_bytes); /* compute.c: for one exported function at a time */
+void *scratch(size_t num_bytes); /* rows.c: for one exported function at a time */
 
-int32_t row_chunks(int64_t num_rows, int64_t row_cost); /* compute.c */
+/* ---- rows.c */
+int32_t row_chunks(int64_t num_rows, int64_t row_cost);
+/* out = norm(x + residual); residual, where there is one, becomes x + residual. */
+void norm_all(const float *x, int64_t x_stride, float *residual, const float *weight, float *out,
+              int64_t num_rows, int64_t size, float eps, int32_t add_one);
+void rotate_all(float *x, int64_t num_tokens, int64_t token_stride, int32_t num_heads,
+                int64_t head_stride, const float *cos, const float *sin, int64_t rot_dim);
+void gate_all(const float *gate_up, int64_t stride, float *out, int64_t num_rows, int64_t size,
+              int32_t act);
+
+/* ---- attention.c: write the step's keys and values into the cache, then attend causally. */
+void attend_batch(const attention *a, const batch *b, const float *key, int64_t key_stride,
+                  const float *value, int64_t value_stride);
 
 /* ---- linear.c: out = x @ m.T + bias. x: [num_rows][in_features] float32, rows x_stride apart;
  * out: [num_rows][out_features] float32. */
