@@ -307,12 +307,13 @@ def _attend_tile(
 
 
 def _for_each_head(x: torch.Tensor, group: int) -> torch.Tensor:
-    """[num_kv_heads, num_keys, head_dim] -> [num_kv_heads, group, num_keys, head_dim], a view on a
-    CPU. From a view, torch 2.11 on CUDA attends wrongly in float32 if a tile of 64 queries has but
-    one (64 n + 1 queries in all).
+    """[num_kv_heads, num_keys, head_dim] -> [num_kv_heads, group, num_keys, head_dim], a view.
+
+    But for float32 on a GPU: from a view, torch 2.11 attends wrongly there for a query that is
+    alone in a tile of 64, the last of 64 n + 1.
     """
     repeated = x.unsqueeze(1).expand(-1, group, -1, -1)
-    return repeated.contiguous() if x.is_cuda else repeated
+    return repeated.contiguous() if x.is_cuda and x.dtype is torch.float32 else repeated
 
 
 def _softcapped(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -104,24 +105,32 @@ def _load_packed(
 def _load_checkpoint(model: nn.Module, config: ModelConfig, progress: bool) -> None:
     if not isinstance(model, LoadableModel):
         raise TypeError(f"{type(model).__name__} has no weight_slots() and ignored_weights")
-    tensors = _read(config, next(model.parameters()).device)
+    slots = model.weight_slots()
     total_bytes = sum(path.stat().st_size for path in config.weight_files)
     try:
-        feed(model.weight_slots(), model.ignored_weights, tensors, progress, total_bytes)
+        with closing(_read(config, slots, next(model.parameters()).device)) as tensors:
+            feed(slots, model.ignored_weights, tensors, progress, total_bytes)
     except WeightsError as error:
         raise WeightsError(f"{config.path} does not fit {config.architecture}: {error}") from error
 
 
-def _read(config: ModelConfig, device: torch.device) -> Iterator[tuple[str, torch.Tensor | Blocks]]:
-    """What the checkpoint holds, on the CPU or already on `device`."""
+def _read(
+    config: ModelConfig, slots: dict[str, WeightSlot], device: torch.device
+) -> Generator[tuple[str, torch.Tensor | Blocks], None, None]:
+    """What the checkpoint holds: on the CPU, or what there are slots for already on `device`."""
+
+    def is_wanted(name: str, tensor: torch.Tensor) -> bool:
+        return name in slots and tuple(tensor.shape) == slots[name].shape
+
     is_part = "text_part_of" in config.hf_config
     if config.load_format == "gguf":
         blocks = iter_gguf(config.weight_files[0])
-        return _text_part(blocks) if is_part else blocks
+        yield from _text_part(blocks) if is_part else blocks
+        return
     tensors = iter_safetensors(config.weight_files)
     if is_part:
         tensors = _text_part(tensors)
-    return tensors if device.type == "cpu" else staged(tensors, device)
+    yield from staged(tensors, device, is_wanted) if device.type == "cuda" else tensors
 
 
 @torch.no_grad()

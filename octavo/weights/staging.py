@@ -1,4 +1,4 @@
-"""Tensors of mapped files on their way to a GPU.
+"""Tensors of mapped files on their way to an NVIDIA or AMD GPU.
 
 A plain copy from mapped memory is bound by one thread's page faults, and meanwhile the driver lets
 no other thread load a kernel. So several threads bring pieces into pinned memory, which the GPU
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -18,8 +18,7 @@ import torch
 
 NUM_THREADS = 4
 PIECE_BYTES = 16 << 20
-# Of the device, beside the weights: tensors that are under way or wait for the loader, as soon as
-# there are two.
+# What is under way or waits for the loader takes no more of the device, unless one tensor does.
 AHEAD_BYTES = 256 << 20
 
 
@@ -30,11 +29,14 @@ class _Sent(NamedTuple):
 
 
 def staged(
-    tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same tensors in the same order, on `device`, for use on its default stream.
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    device: torch.device,
+    is_wanted: Callable[[str, torch.Tensor], bool],
+) -> Generator[tuple[str, torch.Tensor], None, None]:
+    """The same tensors in the same order, the wanted ones on `device`, for use on its default
+    stream. Where the device has no memory to spare, they are handed on as they are.
 
-    What `tensors` raises comes before those that were still under way.
+    What `tensors` raises comes before those that were still under way. Close it, or go to the end.
     """
     carry, memory = _Carrier(device), _Memory(device)
     under_way: deque[_Sent] = deque()
@@ -42,14 +44,17 @@ def staged(
     with ThreadPoolExecutor(NUM_THREADS, "weights") as pool:
         try:
             for name, tensor in tensors:
-                with memory.of_its_own():
-                    there = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                pairs = zip(_pieces(tensor.contiguous()), _pieces(there), strict=True)
-                under_way.append(_Sent(name, there, [pool.submit(carry, *pair) for pair in pairs]))
-                num_bytes += there.nbytes
-                while num_bytes > AHEAD_BYTES and len(under_way) > 1:
+                while under_way and num_bytes + tensor.nbytes > AHEAD_BYTES:
                     num_bytes -= under_way[0].tensor.nbytes
                     yield _arrived(under_way.popleft())
+                there = memory.like(tensor) if is_wanted(name, tensor) else None
+                if there is None:
+                    under_way.append(_Sent(name, tensor, []))
+                else:
+                    pairs = zip(_pieces(tensor.contiguous()), _pieces(there), strict=True)
+                    pieces = [pool.submit(carry, *pair) for pair in pairs]
+                    under_way.append(_Sent(name, there, pieces))
+                num_bytes += tensor.nbytes
             while under_way:
                 yield _arrived(under_way.popleft())
         finally:
@@ -73,10 +78,20 @@ class _Memory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.MemPool() if device.type == "cuda" else None
+        self._pool: torch.cuda.MemPool | None = None
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                self._pool = torch.cuda.MemPool()
 
-    def of_its_own(self) -> AbstractContextManager[None]:
-        """In here, this thread's tensors lie apart."""
+    def like(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """As large as `tensor`, if there is room."""
+        try:
+            with self._apart():
+                return torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+        except torch.OutOfMemoryError:
+            return None
+
+    def _apart(self) -> AbstractContextManager[None]:
         if self._pool is None:
             return nullcontext()
         return torch.cuda.use_mem_pool(self._pool, self._device)
@@ -99,6 +114,6 @@ class _Carrier:
             self._own.buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=self._on_gpu)
         buffer = self._own.buffer[: len(source)]
         buffer.copy_(source)
-        target.copy_(buffer, non_blocking=True)
+        target.copy_(buffer, non_blocking=self._on_gpu)
         if self._on_gpu:
             torch.cuda.default_stream(target.device).synchronize()

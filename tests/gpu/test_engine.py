@@ -5,19 +5,17 @@ Random weights in float32, where GPU and CPU agree to rounding and greedy choice
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import random
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from support.small_engines import QWEN3, prompt_logprobs, requests, run, write_model
+from support.small_engines import QWEN3, asking, prompt_logprobs, requests, run, write_model
 
 from octavo.checkpoint import locate
 from octavo.config import EngineArgs
 from octavo.engine.build import build_core
-from octavo.types import SamplingParams
 
 pytestmark = pytest.mark.gpu
 
@@ -69,14 +67,7 @@ def test_half_precision_is_near_the_cpu(shared: Path, dtype: str, mean: float, m
     """Log-probabilities of some 3,000 prompt tokens, which spread by 0.46: against float32 on a CPU
     in plain torch, in chunks, with decodes between them.
     """
-    work = [
-        dataclasses.replace(
-            request,
-            params=SamplingParams(max_tokens=None, temperature=0, prompt_logprobs=0),
-            max_total_len=len(request.prompt_token_ids) + 5,
-        )
-        for request in requests(24, seed=3, plain=True)
-    ]
+    work = asking(requests(24, seed=3, plain=True))
     on_cpu = prompt_logprobs(shared, work, dtype="float32", device="cpu", attention_backend="torch")
     on_gpu = prompt_logprobs(shared, work, dtype=dtype, device="cuda")
     assert len(on_cpu) == len(on_gpu) == sum(len(r.prompt_token_ids) - 1 for r in work)

@@ -3,92 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from support.small_engines import QWEN3, prompt_logprobs, requests, run, write_model
-
-from octavo.types import SamplingParams
+from support.small_engines import (
+    FAMILIES,
+    QWEN3,
+    asking,
+    prompt_logprobs,
+    requests,
+    run,
+    write_model,
+)
 
 pytestmark = pytest.mark.gpu
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-FAMILIES = {
-    "llama": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 384,
-        "num_attention_heads": 6,
-        "attention_bias": True,
-        "mlp_bias": True,
-        "tie_word_embeddings": True,
-        "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 128},
-    },
-    "mistral": {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-        "sliding_window": 100,
-    },
-    "qwen2": {  # seven query heads share one of keys
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_size": 448,
-        "num_attention_heads": 7,
-        "num_key_value_heads": 1,
-    },
-    "qwen3-wide": {"num_attention_heads": 4, "head_dim": 128},
-    "qwen3-moe": {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "num_experts": 16,
-        "num_experts_per_tok": 4,
-        "moe_intermediate_size": 128,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [1],
-    },
-    "mixtral": {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "sliding_window": None,
-    },
-    "gemma2": {
-        "architectures": ["Gemma2ForCausalLM"],
-        "model_type": "gemma2",
-        "num_attention_heads": 4,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 64,
-        "attn_logit_softcapping": 5.0,
-        "final_logit_softcapping": 3.0,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "tie_word_embeddings": True,
-    },
-    "gemma3": {
-        "architectures": ["Gemma3ForCausalLM"],
-        "model_type": "gemma3_text",
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 64,
-        "sliding_window_pattern": 2,
-        "rope_local_base_freq": 10000.0,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "tie_word_embeddings": True,
-    },
-    "phi3": {  # heads of 96, three quarters of which are rotated
-        "architectures": ["Phi3ForCausalLM"],
-        "model_type": "phi3",
-        "hidden_size": 768,
-        "num_key_value_heads": 8,
-        "head_dim": 96,
-        "partial_rotary_factor": 0.75,
-        "sliding_window": 100,
-    },
-}
+ON_CPU = {"dtype": "float32", "device": "cpu", "attention_backend": "torch"}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -99,22 +31,49 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_greedy_tokens_are_those_of_the_cpu(model: Path) -> None:
     """In float32, where a choice between near equals is rare."""
     work = requests(24, seed=8, plain=True)
-    on_cpu = run(model, work, load_format="auto", device="cpu", attention_backend="torch")
+    on_cpu = run(model, work, load_format="auto", **ON_CPU)
     for options in ({}, {"enforce_eager": True}, {"attention_backend": "torch"}):
         on_gpu = run(model, work, load_format="auto", device="cuda", **options)
         equal = [on_cpu[i] == on_gpu[i] for i in on_cpu]
         assert sum(equal) >= len(equal) - 1, f"{options}: {sum(equal)} of {len(equal)}"
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_every_position_counts(model: Path, backend: str) -> None:
+    """Prompts alone in a step, whose last queries are alone in a tile, and others."""
+    lens = (65, 129, 193, 256, 40)
+    work = asking(
+        [
+            dataclasses.replace(
+                request, prompt_token_ids=(request.prompt_token_ids * length)[:length]
+            )
+            for request, length in zip(requests(5, seed=10, plain=True), lens, strict=True)
+        ]
+    )
+    on_cpu = prompt_logprobs(model, work, max_num_seqs=1, **ON_CPU)
+    on_gpu = prompt_logprobs(
+        model, work, max_num_seqs=1, dtype="float32", device="cuda", attention_backend=backend
+    )
+    assert (on_cpu - on_gpu).abs().max() < 2e-3 * on_cpu.std()
+
+
 def test_half_precision_is_near_the_cpu(model: Path) -> None:
-    ask = SamplingParams(max_tokens=None, temperature=0, prompt_logprobs=0)
-    work = [
-        dataclasses.replace(request, params=ask, max_total_len=len(request.prompt_token_ids) + 5)
-        for request in requests(12, seed=9, plain=True)
-    ]
-    on_cpu = prompt_logprobs(model, work, dtype="float32", device="cpu", attention_backend="torch")
+    work = asking(requests(12, seed=9, plain=True))
+    on_cpu = prompt_logprobs(model, work, **ON_CPU)
     for dtype, most in (("bfloat16", 0.03), ("float16", 0.004)):
         on_gpu = prompt_logprobs(model, work, dtype=dtype, device="cuda")
         mean = (on_cpu - on_gpu).abs().mean() / on_cpu.std()
         print(f"{dtype}: {mean:.1e} of the spread {on_cpu.std():.2f}")
         assert mean < most
+
+
+@pytest.mark.skipif(find_spec("flashinfer") is None, reason="needs octavo[flashinfer]")
+@pytest.mark.parametrize("model", ["mistral", "gemma2", "gemma3"], indirect=True)
+def test_flashinfer_attends_as_the_cpu_does(model: Path) -> None:
+    """Windows, softcaps and heads of 256."""
+    work = asking(requests(12, seed=9, plain=True))
+    on_cpu = prompt_logprobs(model, work, **ON_CPU)
+    options = {"dtype": "float16", "device": "cuda", "attention_backend": "flashinfer"}
+    on_gpu = prompt_logprobs(model, work, **options)
+    assert json.loads((model / "config.json").read_text())["sliding_window"]
+    assert (on_cpu - on_gpu).abs().mean() < 0.004 * on_cpu.std()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,86 @@ QWEN3 = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
     "eos_token_id": 2,
+}
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# One of each architecture, on top of QWEN3, with what sets it apart.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 384,
+        "num_attention_heads": 6,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+        "rope_scaling": LLAMA3 | {"original_max_position_embeddings": 128},
+    },
+    "mistral": {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": 100,
+    },
+    "qwen2": {  # seven query heads share one of keys
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 448,
+        "num_attention_heads": 7,
+        "num_key_value_heads": 1,
+    },
+    "qwen3-wide": {"num_attention_heads": 4, "head_dim": 128},
+    "qwen3-moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 128,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [1],
+    },
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    },
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "num_attention_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 4,  # scores are so large that the cap is felt
+        "sliding_window": 64,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    },
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 64,
+        "sliding_window_pattern": 2,
+        "rope_local_base_freq": 10000.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    },
+    "phi3": {  # heads of 96, three quarters of which are rotated
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "hidden_size": 768,
+        "num_key_value_heads": 8,
+        "head_dim": 96,
+        "partial_rotary_factor": 0.75,
+        "sliding_window": 100,
+    },
 }
 
 
@@ -85,6 +166,15 @@ def requests(count: int, seed: int, *, plain: bool) -> list[EngineRequest]:
     return made
 
 
+def asking(work: Sequence[EngineRequest]) -> list[EngineRequest]:
+    """The same prompts, asking for their tokens' log-probabilities and five tokens more."""
+    params = SamplingParams(max_tokens=None, temperature=0, prompt_logprobs=0)
+    return [
+        dataclasses.replace(request, params=params, max_total_len=len(request.prompt_token_ids) + 5)
+        for request in work
+    ]
+
+
 def run(folder: Path, work: Sequence[EngineRequest], **options: object) -> dict[int, list[int]]:
     """The tokens of each request, from an engine of its own."""
     settings: dict[str, object] = {
@@ -110,9 +200,8 @@ def run(folder: Path, work: Sequence[EngineRequest], **options: object) -> dict[
 
 def prompt_logprobs(folder: Path, work: Sequence[EngineRequest], **options: object) -> torch.Tensor:
     """Of every prompt token, request by request; the requests must ask for them."""
-    args = EngineArgs.from_options(
-        model=str(folder), max_num_seqs=16, max_num_batched_tokens=256, **options
-    )
+    settings: dict[str, object] = {"max_num_seqs": 16, "max_num_batched_tokens": 256}
+    args = EngineArgs.from_options(model=str(folder), **settings | options)
     core = build_core(args, locate(str(folder)))
     found: dict[int, list[float]] = {request.request_id: [] for request in work}
     for request in work:

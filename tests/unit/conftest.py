@@ -14,9 +14,11 @@ import pytest
 def pytest_collection() -> Iterator[None]:
     """What was imported is there to stay: no collection needs to look at it, again and again."""
     gc.disable()
-    result = yield
-    gc.freeze()
-    gc.enable()
+    try:
+        result = yield
+    finally:
+        gc.freeze()
+        gc.enable()
     return result
 
 

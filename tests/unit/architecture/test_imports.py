@@ -141,6 +141,15 @@ def test_the_server_side_never_loads_torch() -> None:
     assert subprocess.run(command, check=False).returncode == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [*TORCH_FREE, "cli.main", "cli.serve"])
+def test_each_of_its_rooms_can_be_imported_first(module: str) -> None:
+    assert (
+        subprocess.run([sys.executable, "-c", f"import octavo.{module}"], check=False).returncode
+        == 0
+    )
+
+
 def test_the_offline_engine_needs_none_of_the_servers_packages() -> None:
     missing = (
         "msgspec",

@@ -125,12 +125,13 @@ def test_a_deadline_is_told_wherever_its_request_is(is_async: bool, num_steps: i
     core, _ = make(async_scheduling=is_async)
     late = dataclasses.replace(request(1, max_tokens=20), deadline_s=time.monotonic() + 0.05)
     core.add(late)
-    tokens = []
+    tokens, finishes = [], []
     for _ in range(num_steps):
         if (outputs := core.step()) is not None:
             tokens += outputs.token_ids
+            finishes += outputs.finished
     time.sleep(0.06)
-    finishes = [finish for outputs in outputs_of(core) for finish in outputs.finished]
+    finishes += [finish for outputs in outputs_of(core) for finish in outputs.finished]
     assert finishes == [Finish(1, "timeout")]
     assert tokens == expected_tokens(late)[0][: len(tokens)]
     assert core.step() is None

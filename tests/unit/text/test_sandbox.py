@@ -64,7 +64,7 @@ GREEDY = {
 
 @pytest.mark.parametrize("name", GREEDY)
 def test_it_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_RENDER_S", 0.15)
+    monkeypatch.setattr(sandbox, "MAX_RENDER_S", 0.3)
     monkeypatch.setattr(sandbox, "MAX_WORK", 4 << 20)
     monkeypatch.setattr("octavo.text.chat_template.MAX_OUTPUT_CHARS", 1 << 20)
     template = ChatTemplate(GREEDY[name])
