@@ -75,15 +75,17 @@ async def stream(
             "ignore_eos": True,
             "temperature": 0.8,
             "stream": True,
-            "stream_options": {"include_usage": True},
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
         }
         async with client.stream("POST", "/v1/chat/completions", json=body) as response:
             response.raise_for_status()
+            num_tokens = 0
             async for line in response.aiter_lines():
                 if line.startswith("data: {"):
-                    usage = json.loads(line[6:]).get("usage") or {}
-                    counts["tokens"] += usage.get("completion_tokens", 0)
-                    counts["requests"] += bool(usage)
+                    usage = json.loads(line[6:])["usage"]
+                    counts["tokens"] += usage["completion_tokens"] - num_tokens
+                    num_tokens = usage["completion_tokens"]
+            counts["requests"] += 1
 
 
 async def measure(server: Server, num_streams: int, seconds: float, every_s: float) -> None:
