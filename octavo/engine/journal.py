@@ -43,6 +43,7 @@ class Entry:
     __slots__ = (
         "_arrived",
         "_update",
+        "has_entered",
         "heard_s",
         "in_engine",
         "num_alone",
@@ -63,6 +64,7 @@ class Entry:
         self.num_skip = 0  # prompt logprobs that the present engine will send again
         self.started = False
         self.in_engine = False
+        self.has_entered = False  # an engine, be it dead by now
         self.heard_s = time.monotonic()  # when its last token came
         self.num_deaths = 0  # of engines in a step of its own, without progress between them
         self.num_alone = 0  # those of them in which the step was nobody else's
@@ -99,10 +101,10 @@ class Entry:
 
     def enter(self) -> EngineRequest:
         """The request as an engine that knows nothing of it must be asked."""
-        self.in_engine = True
         self.num_skip = self.num_prompt_logprobs
-        if self.num_deaths:
+        if self.has_entered:
             self._update.resumed_s += (time.monotonic(),)
+        self.in_engine = self.has_entered = True
         if not self.token_ids:
             return self.request
         return dataclasses.replace(self.request, output_token_ids=tuple(self.token_ids))

@@ -312,7 +312,7 @@ class Supervisor:
                 message = "The restarted engine has too little memory for this request."
                 self._journal.finish(Finish(entry.request.request_id, "error", message=message))
                 continue
-            self.counts.num_resumed += bool(entry.num_deaths)
+            self.counts.num_resumed += entry.has_entered
             self._connection.send(Add(entry.enter()))
 
     def _take(self, message: ToServer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -30,6 +31,17 @@ def complete(server: RunningServer, prompt: str, max_tokens: int) -> int:
     )
     with urllib.request.urlopen(request, timeout=120) as response:
         return int(json.load(response)["usage"]["prompt_tokens"])
+
+
+def wait_for_tokens(server: RunningServer, num_tokens: int) -> None:
+    """Until so many were generated in all."""
+    found, deadline_s = 0.0, time.monotonic() + 60
+    while found < num_tokens:
+        assert time.monotonic() < deadline_s
+        with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as response:
+            text = response.read().decode()
+        [value] = re.findall(r"^vllm:generation_tokens_total\{.*\} (\S+)$", text, re.MULTILINE)
+        found = float(value)
 
 
 def number(span: Span, name: str) -> float:
@@ -70,7 +82,7 @@ def test_stages_chunks_and_a_restart_reach_the_collector(
 
         client = threading.Thread(target=complete, args=(server, "Once", 200))
         client.start()
-        time.sleep(1)
+        wait_for_tokens(server, 4 + 20)
         os.kill(server.engine_pid(), signal.SIGKILL)
         client.join()
         assert server.stop() == 0  # what was not sent yet is sent at the end

@@ -196,6 +196,21 @@ def test_each_start_in_another_engine_is_told() -> None:
     assert first < second
 
 
+def test_so_is_that_of_a_request_that_was_in_no_step_when_the_engine_died() -> None:
+    journal = Journal()
+    entry = journal.add(request(1))
+    journal.admit()
+    entry.enter()
+    entry.put()
+    assert take(entry).resumed_s == ()
+    journal.bury({})
+    assert not entry.num_deaths
+    assert list(journal.admit()) == [entry]
+    entry.enter()
+    entry.put()
+    assert len(take(entry).resumed_s) == 1
+
+
 def test_arrivals_wait_while_suspects_are_told_apart() -> None:
     journal = Journal()
     engine = Engine(journal, {1: 0})
