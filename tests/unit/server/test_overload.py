@@ -25,7 +25,7 @@ def full(start_server):
     server.engine.hang = True
 
     async def occupy():
-        async with httpx.AsyncClient(base_url=server.url) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
             post = client.post("/v1/chat/completions", json=CHAT)
             return await asyncio.gather(post, client.post("/v1/chat/completions", json=CHAT))
 
