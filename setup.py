@@ -6,6 +6,8 @@ Without a C compiler the build goes on without them, and Octavo computes with to
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCES = Path("octavo/kernels/cpu/csrc")
 
@@ -14,7 +16,20 @@ SOURCES = Path("octavo/kernels/cpu/csrc")
 FLAGS = ["-std=gnu11", "-O3", "-g0", "-pthread", "-fvisibility=hidden", "-ffp-contract=off"]
 FLAGS += ["-Wno-psabi"]
 
+
+class BuildNative(build_ext):
+    """If the assembler is older than the compiler (RHEL 9), do without the newest instructions."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            super().build_extension(ext)
+        except CompileError:
+            ext.define_macros.append(("OLD_ASSEMBLER", None))
+            super().build_extension(ext)
+
+
 setup(
+    cmdclass={"build_ext": BuildNative},
     ext_modules=[
         Extension(
             "octavo.kernels.cpu._native",
@@ -24,5 +39,5 @@ setup(
             extra_link_args=["-pthread", "-lm"],
             optional=True,
         )
-    ]
+    ],
 )

@@ -18,7 +18,9 @@ from octavo.kernels.qkv import HeadTransform
 
 @dataclass(frozen=True, slots=True)
 class KVLayer:
-    """One layer's paged cache."""
+    """One layer's paged cache, which belongs to one backend for life: within a block, the order may
+    be its own (the native one's: csrc/native.h).
+    """
 
     k: torch.Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]
     v: torch.Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]

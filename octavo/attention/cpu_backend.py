@@ -5,7 +5,7 @@ an online softmax in float32. Within a block they lie in an order of their own, 
 keys dimension by dimension (csrc/native.h), so that neither has to be shuffled. A long sequence is
 summed up in segments of fixed length that are merged in order, so that threads can share it; a
 token's result depends on its own sequence alone, bit for bit, whatever the batch and however its
-prompt was cut into chunks.
+prompt was cut into chunks (as long as its values are finite).
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class NativeAttention:
         spec: AttentionSpec,
     ) -> torch.Tensor:  # [num_queries, num_heads, head_dim]
         """See `AttentionBackend.forward`. Rows beyond the batch's sequences (padding) are zero."""
-        if not (ops.suits(query) and self.takes(spec, kv)):
+        if query.dtype is not torch.float32 or not self.takes(spec, kv):
             return self._fallback.forward(query, key, value, kv, batch, spec)
         assert self._library is not None
         native = self.native_batch(batch, kv)

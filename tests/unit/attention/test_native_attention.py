@@ -86,7 +86,15 @@ class Run:
 
 @pytest.mark.parametrize(
     ("block_size", "dtype"),
-    [(8, torch.float32), (16, torch.float32), (16, torch.float16), (8, torch.bfloat16)],
+    [
+        (8, torch.float32),
+        (16, torch.float32),
+        (16, torch.float16),
+        (8, torch.bfloat16),
+        (32, torch.bfloat16),
+        (64, torch.float16),
+        (128, torch.float32),
+    ],
 )
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_equals_torch(isa, spec, block_size, dtype):
@@ -116,6 +124,37 @@ def test_what_half_a_number_cannot_hold(isa, backend, dtype, expected):
     got = run.backend.forward(rows, rows, value.view(1, 1, 16), run.cache.kv[0], batch, spec)
     wanted = torch.tensor(expected * 2).to(dtype).float()
     torch.testing.assert_close(got.flatten(), wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SPECS["gqa"],
+        SPECS["window"],
+        AttentionSpec(num_heads=15, num_kv_heads=5, head_dim=256, scale=0.06),  # five heads at once
+        AttentionSpec(num_heads=18, num_kv_heads=6, head_dim=256, scale=0.06),  # five and one
+    ],
+    ids=["gqa", "window", "five", "five-and-one"],
+)
+def test_decodes_that_take_several_heads_at_once(isa, spec, dtype):
+    """As they do where there are enough of them: never with so many threads."""
+    prompts = [(0, 3), (1, 40), (2, 515), (3, 1100), (4, 31), (5, 64)]
+    decodes = [[(seq, 1) for seq, _ in prompts]] * 3
+    runs = []
+    for threads in (1, 64):
+        library.set_threads(threads)
+        run = Run(get_backend("native"), spec, dtype=dtype)
+        for chunks in (prompts, *decodes):
+            run.step(chunks)
+        runs.append(run)
+    reference = Run(TorchAttention(), spec, dtype=dtype)
+    for chunks in (prompts, *decodes):
+        reference.step(chunks)
+    for seq, _ in prompts:
+        few, many = (run.output(seq)[-3:] for run in runs)
+        assert torch.equal(few, many)
+        torch.testing.assert_close(few, reference.output(seq)[-3:], atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -244,6 +244,20 @@ def test_gated_activation(isa, name, size):
     )
 
 
+def test_what_is_no_number_stays_none(isa):
+    """At any place of a group, in activations and in weights, and in its own row only."""
+    bad = torch.ones(128, 64)
+    bad[torch.arange(0, 128, 2), torch.arange(64)] = torch.nan
+    good = torch.ones(20, 64)
+    for x, weight in ((bad, good), (good, bad)):
+        matrix = ops.PackedMatrix("Q8_0", *weight.shape)
+        matrix.fill(ops.to_q8_0(weight))
+        got = matrix.multiply(x)
+        got = got if x is bad else got.T
+        assert got[::2].isnan().all()
+        torch.testing.assert_close(got[1::2], torch.full((64, 20), 64.0), rtol=2e-3, atol=0)
+
+
 def test_argmax_takes_the_first_of_equals(isa):
     logits = torch.randn(4, 4099)
     logits[0] = -torch.inf

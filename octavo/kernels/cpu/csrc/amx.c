@@ -3,7 +3,7 @@
  * bits whatever the others are. */
 #include "native.h"
 
-#if defined(__x86_64__) && defined(__linux__) && \
+#if defined(__x86_64__) && defined(__linux__) && !defined(OLD_ASSEMBLER) && \
     ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
 #if defined(__clang__)
 #pragma clang attribute push( \

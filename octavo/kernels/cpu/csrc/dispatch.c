@@ -9,9 +9,15 @@ const isa *active = &isa_generic;
 pthread_mutex_t one_caller = PTHREAD_MUTEX_INITIALIZER;
 
 #if defined(__x86_64__)
+#include <cpuid.h>
+
+/* Some compilers do not know F16C by name. The system keeps its registers if it keeps AVX2's. */
+static int has_f16c(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && c >> 29 & 1;
+}
 static int has_avx2(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 static int has_avx512(void) {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -2,8 +2,8 @@
  * instruction, for which AVX2 alone takes two (4 bits) or four (8 bits). */
 #include "native.h"
 
-#if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 12) || \
-                            (!defined(__clang__) && __GNUC__ >= 11))
+#if defined(__x86_64__) && !defined(OLD_ASSEMBLER) && \
+    ((defined(__clang__) && __clang_major__ >= 13) || (!defined(__clang__) && __GNUC__ >= 11))
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
 #else

@@ -2,8 +2,18 @@
 
 #define GROUP_VECTORS (GROUP / LANES)
 
-/* A group's values times `inverse`, as bytes; returns their sum. A value that is no number stays one
- * in the scale; here it must only stay in range. */
+/* What a group is divided by to fit 8 bits; no number if one of its values is none, or infinite. */
+INLINE float scale_of(const vf *values) {
+    vf most = {}, zero = {};
+    for (int v = 0; v < GROUP_VECTORS; v++) {
+        most = vmax(most, vabs(values[v]));
+        zero = vfma(values[v], splat(0), zero);
+    }
+    return max_lanes(most) / 127.0f + sum_lanes(zero);
+}
+
+/* A group's values times `inverse`, as bytes; returns their sum. A value that is no number is one in
+ * the scale; here it must only stay in range. */
 INLINE float round_group(const vf *values, float inverse, int8_t *to) {
     vi rounded[GROUP_VECTORS], sums = {};
     for (int v = 0; v < GROUP_VECTORS; v++) {
@@ -25,12 +35,10 @@ INLINE void row_to_q8_0(const int type, const uint8_t *x, int64_t size, uint8_t 
             memcpy(tail, from, (size_t)((size - i) * width));
             from = tail;
         }
-        vf values[GROUP_VECTORS], most = {};
-        for (int v = 0; v < GROUP_VECTORS; v++) {
+        vf values[GROUP_VECTORS];
+        for (int v = 0; v < GROUP_VECTORS; v++)
             values[v] = load_number(type, from + v * LANES * width);
-            most = vmax(most, vabs(values[v]));
-        }
-        uint16_t half = float_to_half(max_lanes(most) / 127);
+        uint16_t half = float_to_half(scale_of(values));
         float scale = half_to_float(half), inverse = scale > 0 ? 1 / scale : 0;
         memcpy(block, &half, 2);
         round_group(values, inverse, (int8_t *)block + 2);
@@ -57,12 +65,9 @@ static void quantize(const float *x, int32_t in_features, activations *to, int64
             memcpy(tail, from, (size_t)(in_features - g * GROUP) * sizeof(float));
             from = tail;
         }
-        vf values[GROUP_VECTORS], most = {};
-        for (int v = 0; v < GROUP_VECTORS; v++) {
-            values[v] = load(from + v * LANES);
-            most = vmax(most, vabs(values[v]));
-        }
-        float scale = max_lanes(most) / 127.0f;
+        vf values[GROUP_VECTORS];
+        for (int v = 0; v < GROUP_VECTORS; v++) values[v] = load(from + v * LANES);
+        float scale = scale_of(values);
         float inverse = scale > 0 ? 1.0f / scale : 0.0f;
         float sum = round_group(values, inverse, bytes);
         for (int v = 0; v < FOURS; v++) memcpy(FOUR(q, v, 0), bytes + 4 * v, 4);
