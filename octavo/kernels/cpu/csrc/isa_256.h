@@ -2,12 +2,7 @@
 #define LANES 8
 #define MR 8 /* all registers hold products; results of the groups before wait in memory */
 #define SUMS 12
-typedef float vf __attribute__((vector_size(32)));
-typedef int32_t vi __attribute__((vector_size(32)));
-typedef float vfu __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t viu __attribute__((vector_size(32), aligned(4), may_alias));
-
-#define INLINE_ISA static inline __attribute__((always_inline))
+#include "lanes.h"
 
 INLINE_ISA vf vfma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 

@@ -14,12 +14,7 @@
 #define LANES 16
 #define MR 8
 #define SUMS 24
-typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef float vfu __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t viu __attribute__((vector_size(64), aligned(4), may_alias));
-
-#define INLINE_ISA static inline __attribute__((always_inline))
+#include "lanes.h"
 
 INLINE_ISA vf vfma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 

@@ -2,12 +2,7 @@
 #define LANES 4
 #define MR 4
 #define SUMS 12
-typedef float vf __attribute__((vector_size(16)));
-typedef int32_t vi __attribute__((vector_size(16)));
-typedef float vfu __attribute__((vector_size(16), aligned(4), may_alias));
-typedef int32_t viu __attribute__((vector_size(16), aligned(4), may_alias));
-
-#define INLINE_ISA static inline __attribute__((always_inline))
+#include "lanes.h"
 
 INLINE_ISA vf vmax(vf a, vf b) { return (vf)(((vi)a & (a > b)) | ((vi)b & ~(a > b))); }
 INLINE_ISA vf vmin(vf a, vf b) { return (vf)(((vi)a & (a < b)) | ((vi)b & ~(a < b))); }

@@ -1,7 +1,7 @@
 /* The kernels, written once for vectors of LANES floats. An instruction set defines, before it
  * includes this:
  *   LANES, MR (rows multiplied together), SUMS (sums that attention holds in registers)
- *   vf, vi           vectors of LANES floats and int32s; vfu, viu the same, unaligned
+ *   vf, vi           vectors of LANES floats and int32s; vfu, viu the same, unaligned: lanes.h
  *   vfma(a, b, c)    a * b + c, rounded once
  *   vmax, vmin       b where a or b is no number
  *   sum_lanes, max_lanes
