@@ -55,6 +55,11 @@ class EngineArgs:
     block_size: int = option(16, "tokens per KV-cache block")
     enable_prefix_caching: bool = option(True, "reuse the KV cache of equal prompt beginnings")
     gpu_memory_utilization: float = option(0.9, "share of the device's memory the engine may use")
+    embedding_on_host: bool | None = option(
+        None,
+        "keep the token embedding, unless the head shares it, in the host's memory, where the GPU "
+        "looks rows up; the KV cache gets its room (default: on an NVIDIA GPU)",
+    )
     kv_cache_memory_bytes: int | None = option(
         None, "KV-cache size, instead of what gpu_memory_utilization leaves"
     )

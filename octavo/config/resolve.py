@@ -111,6 +111,7 @@ def resolve(args: EngineArgs, checkpoint: CheckpointFacts, device: DeviceInfo) -
             num_threads=args.num_threads or device.num_cores,
             attention_backend=backend,
             enforce_eager=args.enforce_eager or not device.supports_graphs,
+            embedding_on_host=_embedding_on_host(args, device),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_tokens,
             max_model_len=max_model_len,
@@ -216,6 +217,15 @@ def _kv_cache_dtype(args: EngineArgs, model: ModelConfig, attention_backend: str
             f"choose one of auto, {', '.join(choices)}."
         )
     return cast(DType, args.kv_cache_dtype)
+
+
+def _embedding_on_host(args: EngineArgs, device: DeviceInfo) -> bool:
+    if args.embedding_on_host and not device.reads_host_memory:
+        raise ConfigError(
+            f"embedding_on_host needs an NVIDIA GPU under Linux, which reads the host's memory in "
+            f"place; {device.name} does not. Leave it out."
+        )
+    return device.reads_host_memory and args.embedding_on_host is not False
 
 
 def _attention_backend(args: EngineArgs, device: DeviceInfo, quantization: Quantization) -> str:

@@ -28,6 +28,7 @@ class DeviceInfo:
     # Backends that another package would bring, and how to install it.
     missing_backends: Mapping[str, str] = field(default_factory=dict)
     supports_graphs: bool = False
+    reads_host_memory: bool = False  # kernels read pinned memory of the host in place
     quantizations: tuple[Quantization, ...] = ()  # available, preferred first
 
 
@@ -85,6 +86,7 @@ class RunnerConfig:
     num_threads: int  # CPU threads for torch; 0: leave as is
     attention_backend: str
     enforce_eager: bool
+    embedding_on_host: bool  # unless the head shares it
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int

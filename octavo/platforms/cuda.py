@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import platform
 
 import torch
 
@@ -40,6 +41,7 @@ class CudaPlatform:
             attention_backends=backends,
             missing_backends=missing,
             supports_graphs=True,
+            reads_host_memory=_reads_host_memory(),
         )
 
     def synchronize(self) -> None:
@@ -58,6 +60,13 @@ class CudaPlatform:
 
     def memory_free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.torch_device)[0]
+
+
+def _reads_host_memory() -> bool:
+    """Where a GPU knows the host's memory by the addresses that the host has for it: CUDA on Linux
+    itself, not within Windows.
+    """
+    return torch.version.hip is None and "microsoft" not in platform.release().lower()
 
 
 def _attention_backends() -> tuple[tuple[str, ...], dict[str, str]]:

@@ -23,6 +23,7 @@ from octavo.kernels import launch
 from octavo.kernels.argmax import argmax
 from octavo.kernels.cpu import library
 from octavo.kernels.cpu.ops import in_charge
+from octavo.layers.host import keep_embedding_on_host
 from octavo.log import get_logger
 from octavo.models import create_model
 from octavo.platforms import Platform
@@ -136,6 +137,9 @@ class ModelRunner:
         model = self._config.model
         with torch.device(self._device), _default_dtype(self._dtype):
             self._model = create_model(model.hf_config, model.max_model_len)
+            on_host = self._config.runner.embedding_on_host
+            self._host_bytes = keep_embedding_on_host(self._model, self._device) if on_host else 0
+        self._platform.trim_memory()  # before what stays takes a piece of what was spared
         self._model.eval().requires_grad_(False)
         self._backend = get_backend(self._config.runner.attention_backend)
         if isinstance(self._backend, PreparedAttention):
@@ -170,7 +174,7 @@ class ModelRunner:
             num_bytes = self._platform.memory_used_bytes() - used_bytes
         else:
             tensors = chain(self._model.parameters(), self._model.buffers())
-            num_bytes = sum(tensor.nbytes for tensor in tensors)
+            num_bytes = sum(tensor.nbytes for tensor in tensors) - self._host_bytes
         self.report.memory_bytes["weights"] = max(num_bytes, self._loaded.mapped_bytes, 0)
 
     def _measure_what_stays(self) -> None:

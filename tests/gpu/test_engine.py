@@ -38,6 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"max_num_seqs": 1, "max_num_batched_tokens": 77},
         {"num_gpu_blocks_override": 140},  # preempts
         {"attention_backend": "torch"},
+        {"embedding_on_host": False},
     ],
     ids=lambda options: next(iter(options)),
 )

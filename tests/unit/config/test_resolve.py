@@ -32,6 +32,7 @@ GPU = DeviceInfo(
     dtypes=("bfloat16", "float16", "float32"),
     attention_backends=("quick", "torch"),
     supports_graphs=True,
+    reads_host_memory=True,
 )
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -65,6 +66,7 @@ def test_what_a_cpu_gets() -> None:
     assert config.scheduler.max_num_batched_tokens == 256
     assert config.scheduler.async_depth == 0
     assert config.runner.enforce_eager
+    assert not config.runner.embedding_on_host
     assert config.runner.num_threads == 6
     assert config.runner.attention_backend == "torch"
     assert config.model.dtype == "float32"
@@ -79,6 +81,7 @@ def test_what_a_gpu_gets() -> None:
     assert config.scheduler.max_num_batched_tokens == 8192
     assert config.scheduler.async_depth == 1
     assert not config.runner.enforce_eager
+    assert config.runner.embedding_on_host
     assert config.runner.attention_backend == "quick"
     assert config.model.dtype == "bfloat16"
 
@@ -93,6 +96,7 @@ def test_what_the_user_says_goes() -> None:
         max_num_batched_tokens=70,
         async_scheduling=False,
         enforce_eager=True,
+        embedding_on_host=False,
         block_size=32,
         scheduling_policy="priority",
         enable_prefix_caching=False,
@@ -103,6 +107,7 @@ def test_what_the_user_says_goes() -> None:
     assert config.scheduler.async_depth == 0
     assert config.scheduler.policy == "priority"
     assert config.runner.enforce_eager
+    assert not config.runner.embedding_on_host
     assert config.runner.num_threads == 3
     assert config.cache.require_full_context
     for section in (config.scheduler, config.runner):
@@ -259,3 +264,9 @@ def test_a_config_that_is_no_use(config: dict[str, Any], message: str) -> None:
 def test_sections_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         resolved().scheduler.max_num_seqs = 3  # type: ignore[misc]
+
+
+def test_an_embedding_on_the_host_needs_a_device_that_reads_it() -> None:
+    with pytest.raises(ConfigError, match="embedding_on_host needs an NVIDIA GPU"):
+        resolved(CPU, embedding_on_host=True)
+    assert not resolved(CPU, embedding_on_host=False).runner.embedding_on_host
