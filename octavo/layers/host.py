@@ -28,9 +28,9 @@ class HostMethod(DenseMethod):
 
     def create(self, layer: nn.Module, in_features: int, out_features: int) -> None:
         """Raises RuntimeError if the system does not let so much memory be locked."""
-        self._rows = nn.Parameter(
-            torch.empty(out_features, in_features, device="cpu"), requires_grad=False
-        )
+        rows = torch.empty(out_features, in_features, device="cpu")
+        rows.zero_()  # by several threads, where locking would fetch page after page
+        self._rows = nn.Parameter(rows, requires_grad=False)
         layer.weight = nn.Parameter(_seen_from(self._device, self._rows.data), requires_grad=False)
 
     def slots(self, layer: nn.Module, name: str, start: int, length: int) -> dict[str, WeightSlot]:
