@@ -37,23 +37,31 @@ class HostMethod(DenseMethod):
         return {f"{name}.weight": slot_of(self._rows, start, length)}
 
 
-def keep_embedding_on_host(model: nn.Module, device: torch.device) -> int:
+def keep_embedding_on_host(model: nn.Module, device: torch.device, free_bytes: int) -> int:
     """Move the embedding of a model whose weights are not loaded yet, unless its head multiplies by
-    it. Returns the bytes that `device`, the default one here, is spared.
+    it or it would take more than half of the host's `free_bytes`. Returns the bytes that `device`,
+    the default one here, is spared.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, MatrixLayer)]
     tied = {layer.method.embedding for layer in layers if isinstance(layer.method, TiedMethod)}
     num_bytes = 0
     for layer in layers:
         if isinstance(layer, Embedding) and layer not in tied:
-            dense = layer.method
-            try:
-                layer.change_method(HostMethod(device))
-            except RuntimeError as error:
-                logger.warning("the embedding stays on the GPU: %s", error)
-                layer.change_method(dense)
-            else:
-                num_bytes += layer.get_parameter("weight").nbytes
+            num_bytes += _move(layer, device, free_bytes)
+    return num_bytes
+
+
+def _move(layer: Embedding, device: torch.device, free_bytes: int) -> int:
+    num_bytes, dense = layer.get_parameter("weight").nbytes, layer.method
+    if 2 * num_bytes > free_bytes:
+        logger.info("the embedding stays on the GPU: too little memory is free on the host")
+        return 0
+    try:
+        layer.change_method(HostMethod(device))
+    except RuntimeError as error:
+        logger.warning("the embedding stays on the GPU: %s", error)
+        layer.change_method(dense)
+        return 0
     return num_bytes
 
 

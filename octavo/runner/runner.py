@@ -27,6 +27,7 @@ from octavo.layers.host import keep_embedding_on_host
 from octavo.log import get_logger
 from octavo.models import create_model
 from octavo.platforms import Platform
+from octavo.platforms.cpu import CpuPlatform
 from octavo.quant import quantize, stack_layers
 from octavo.runner import memory, prompt_logprobs
 from octavo.runner.chunk_graphs import ChunkGraphs, StepSize
@@ -137,8 +138,10 @@ class ModelRunner:
         model = self._config.model
         with torch.device(self._device), _default_dtype(self._dtype):
             self._model = create_model(model.hf_config, model.max_model_len)
-            on_host = self._config.runner.embedding_on_host
-            self._host_bytes = keep_embedding_on_host(self._model, self._device) if on_host else 0
+            self._host_bytes = 0
+            if self._config.runner.embedding_on_host:
+                free = CpuPlatform().memory_free_bytes()
+                self._host_bytes = keep_embedding_on_host(self._model, self._device, free)
         self._platform.trim_memory()  # before what stays takes a piece of what was spared
         self._model.eval().requires_grad_(False)
         self._backend = get_backend(self._config.runner.attention_backend)

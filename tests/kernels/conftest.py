@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,13 @@ import torch
 # Read when a kernel is decorated, so before any of ours is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs for real is a test of the GPU; see `make test-gpu`."""
+    for item in items:
+        if torch.cuda.is_available() and Path(__file__).parent in item.path.parents:
+            item.add_marker("gpu")
 
 
 @pytest.fixture(scope="session", autouse=True)

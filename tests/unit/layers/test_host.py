@@ -23,7 +23,7 @@ def stays(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_embedding_of_its_own_moves() -> None:
     model = create_model(QWEN3, 100)
     names = list(model.weight_slots())
-    num_bytes = keep_embedding_on_host(model, DEVICE)
+    num_bytes = keep_embedding_on_host(model, DEVICE, 1 << 40)
     assert num_bytes == QWEN3["vocab_size"] * QWEN3["hidden_size"] * 4
     assert list(model.weight_slots()) == names
     values = torch.randn(QWEN3["vocab_size"], QWEN3["hidden_size"])
@@ -36,7 +36,7 @@ def test_an_embedding_of_its_own_moves() -> None:
 @pytest.mark.usefixtures("stays")
 def test_one_that_the_head_multiplies_by_stays() -> None:
     model = create_model(QWEN3 | FAMILIES["llama"], 100)
-    assert keep_embedding_on_host(model, DEVICE) == 0
+    assert keep_embedding_on_host(model, DEVICE, 1 << 40) == 0
     assert not isinstance(model.embed_tokens.method, HostMethod)
 
 
@@ -49,8 +49,16 @@ def test_one_for_which_no_memory_can_be_locked_stays(
     monkeypatch.setattr("octavo.layers.host._seen_from", refuse)
     model = create_model(QWEN3, 100)
     weight = model.embed_tokens.weight
-    assert keep_embedding_on_host(model, DEVICE) == 0
+    assert keep_embedding_on_host(model, DEVICE, 1 << 40) == 0
     assert isinstance(model.embed_tokens.weight, nn.Parameter)
     assert model.embed_tokens.weight.shape == weight.shape
     assert "model.embed_tokens.weight" in model.weight_slots()
     assert "stays on the GPU: out of memory" in caplog.text
+
+
+@pytest.mark.usefixtures("stays")
+def test_one_for_which_the_host_has_no_room_stays() -> None:
+    model = create_model(QWEN3, 100)
+    num_bytes = model.embed_tokens.weight.nbytes
+    assert keep_embedding_on_host(model, DEVICE, 2 * num_bytes - 1) == 0
+    assert keep_embedding_on_host(model, DEVICE, 2 * num_bytes) == num_bytes
