@@ -80,9 +80,9 @@ class _Compilers(ThreadPoolExecutor):
 
 
 @contextmanager
-def compiling() -> Iterator[None]:
-    """Launch nothing in here: compile what would be launched, each kernel once, in threads. Other
-    threads launch as ever.
+def compiling(device: torch.device | None = None) -> Iterator[None]:
+    """Launch nothing in here: compile what would be launched, each kernel once, in threads, for
+    `device` or torch's first. Other threads launch as ever.
     """
     from triton import AsyncCompileMode
     from triton.runtime.jit import JITFunction
@@ -97,7 +97,9 @@ def compiling() -> Iterator[None]:
 
         JITFunction.run = run
         try:
-            with _Compilers(thread_name_prefix="compile") as pool, AsyncCompileMode(pool):
+            set_device = functools.partial(torch.cuda.set_device, device) if device else None
+            compilers = _Compilers(thread_name_prefix="compile", initializer=set_device)
+            with compilers as pool, AsyncCompileMode(pool):
                 yield
         finally:
             JITFunction.run = launching

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -21,6 +22,10 @@ class Platform(Protocol):
 
     def info(self) -> DeviceInfo:
         """Facts for `config.resolve`, measured now."""
+        ...
+
+    def active(self) -> AbstractContextManager[object]:
+        """Within it, whatever this thread does without naming a device is meant for this one."""
         ...
 
     def synchronize(self) -> None:

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import resource
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -49,6 +50,9 @@ class CpuPlatform:
             attention_backends=("native", "torch") if native else ("torch",),
             quantizations=("int8",) if native else (),
         )
+
+    def active(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def synchronize(self) -> None:
         """CPU operations have run when they return."""

@@ -44,6 +44,9 @@ class CudaPlatform:
             reads_host_memory=_reads_host_memory(),
         )
 
+    def active(self) -> torch.cuda.device:
+        return torch.cuda.device(self.torch_device)
+
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
 

@@ -112,7 +112,7 @@ class ModelRunner:
         self.report = StartupReport()
         if config.runner.num_threads and self._device.type == "cpu":
             _set_threads(config.runner.num_threads, native=self._is_native)
-        with torch.inference_mode():
+        with self._in_use():
             with self.report.phase("model"):
                 packed_model = self._make_model()
             self._make_rows()
@@ -158,7 +158,7 @@ class ModelRunner:
             return
         stop = threading.Event()
         with ThreadPoolExecutor(1, "compile") as pool:
-            compiling = pool.submit(torch.inference_mode()(self._compile_kernels), stop)
+            compiling = pool.submit(self._in_use()(self._compile_kernels), stop)
             try:
                 self._load(packed_model, progress)
             except BaseException:
@@ -227,7 +227,7 @@ class ModelRunner:
             for size, shared in sizes
             if size <= runner.max_num_seqs
         ]
-        with launch.compiling():
+        with launch.compiling(self._device):
             for step in steps:
                 if stop.is_set():
                     break
@@ -320,18 +320,24 @@ class ModelRunner:
             if ".layers." in f".{name}" and parameter.ndim == 2:
                 yield parameter
 
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """How any thread works on the device."""
+        with torch.inference_mode(), self._platform.active():
+            yield
+
     # -- steps
 
     def submit(self, plan: StepPlan) -> PendingStep:
         """Queue a step on the device; on a CPU it runs here and now."""
-        with torch.inference_mode(), in_charge(self._is_native):
+        with self._in_use(), in_charge(self._is_native):
             self._update_rows(plan)
             step = self._replay(plan)
             return self._run(plan) if step is None else self._after_replay(plan, step)
 
     def set_last_tokens(self, rows: Sequence[int], token_ids: Sequence[int]) -> None:
         """Replace the rows' next input tokens, which the device has sampled: for replays."""
-        with torch.inference_mode():
+        with self._in_use():
             ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
             self._rows.last_token_ids[list(rows)] = ids
 
@@ -340,7 +346,7 @@ class ModelRunner:
         decodes, chunks = self._decode_graphs, self._chunk_graphs
         if decodes is None or chunks is None:
             return False
-        with torch.inference_mode():
+        with self._in_use():
             for size in decodes.ladder:
                 if not decodes.is_captured(size):
                     decodes.capture(size)

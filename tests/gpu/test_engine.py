@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from support.small_engines import QWEN3, asking, prompt_logprobs, requests, run, write_model
 
 from octavo.checkpoint import locate
@@ -128,3 +129,11 @@ def test_a_thousand_mixed_requests_with_aborts(folder: Path) -> None:
     core.check_integrity()
     core.close()
     assert sorted(finished) == list(range(1, 1001))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("options", [{}, {"enforce_eager": True}])
+def test_the_second_gpu_will_do(folder: Path, options: dict[str, object]) -> None:
+    work = requests(20, seed=8, plain=False)
+    assert run(folder, work, device="cuda:1", **options) == run(folder, work, device="cuda:0")
+    assert torch.cuda.current_device() == 0

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 
+from octavo.platforms.cpu import CpuPlatform
 from octavo.runner.runner import ModelRunner
 
 
@@ -19,6 +20,7 @@ class Runner(ModelRunner):
 
     def __init__(self, kind: str = "cuda", load: object = None, compile_: object = None) -> None:
         self._device = torch.device(kind)
+        self._platform = CpuPlatform()  # there need be no GPU
         self._both = threading.Barrier(2 if kind == "cuda" else 1, timeout=10)
         self._results = {"load": load, "compile": compile_}
         self.seen: dict[str, tuple[int, bool]] = {}
