@@ -30,10 +30,10 @@ LOG2_E = 1.4426950408889634
 # A split is at least so long: below, starting a program costs more than what it reads.
 MIN_SPLIT_LEN = 128
 # The same where sequences fill the GPU uncut: only one long context among short ones is cut, lest
-# it be a tail.
+# it be a tail. In between, it is shorter the more programs are missing.
 LONG_SPLIT_LEN = 1024
 # Contexts may be cut into so many parts even where sequences fill the GPU, ...
-MIN_SPLITS = 4
+MIN_SPLITS = 8
 # ... as long as there are no more parts than this in all: each takes memory.
 MAX_PARTS = 4096
 MOST_SPLITS = 64
@@ -267,20 +267,22 @@ class DecodeWorkspace:
 def plan_splits(num_seqs: int, num_kv_heads: int, max_len: int, num_processors: int) -> Splits:
     """How to cut contexts of at most max_len keys."""
     target: int = triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors, num_seqs * num_kv_heads)
-    min_len = MIN_SPLIT_LEN if target > 1 else LONG_SPLIT_LEN
+    is_far = target > 4  # from filling the GPU
+    min_len = MIN_SPLIT_LEN if is_far else LONG_SPLIT_LEN >> (target.bit_length() - 1)
     few = min(MIN_SPLITS, MAX_PARTS // (num_seqs * num_kv_heads))
     most: int = triton.cdiv(max_len, min_len)
     return Splits(max(min(max(target, few), most, MOST_SPLITS), 1), min_len)
 
 
 def choose_config(head_dim: int, itemsize: int, min_split: int) -> DecodeConfig:
-    """By the bytes that one iteration keeps in shared memory. On an H100, head_dim 128, bfloat16:
-    16 sequences x 16,384 keys in 364 us (96 % of the read ceiling), 256 of 100 to 1,500 in 300 us
-    (92 %), 64 of 200 to 2,000 in 104 us (84 %), 16 such in 34 us (71 %).
+    """By the bytes that one iteration keeps in shared memory, of which few programs can have all.
+    On an H100, head_dim 128, bfloat16, 8 KV heads: 16 sequences x 16,384 keys in 363 us (96 % of
+    the read ceiling), 256 of 100 to 1,500 in 275 us (92 %), 32 of 900 on average, some far longer,
+    in 48 us (67 %), 1 x 2,000 in 12 us.
     """
     row_bytes = triton.next_power_of_2(head_dim) * itemsize
     if row_bytes <= 256:
-        return DecodeConfig(128, 4, 2) if min_split < LONG_SPLIT_LEN else DecodeConfig(64, 4, 3)
+        return DecodeConfig(128, 4, 2) if min_split == MIN_SPLIT_LEN else DecodeConfig(64, 4, 3)
     return DecodeConfig(block_n=32, num_warps=4, num_stages=3 if row_bytes <= 512 else 2)
 
 
