@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from octavo.layers.embedding import Embedding, TiedMethod
-from octavo.layers.linear import DenseMethod, MatrixLayer
+from octavo.layers.linear import DENSE, DenseMethod, MatrixLayer
 from octavo.layers.parameter import slot_of
 from octavo.log import get_logger
 from octavo.weights.slots import WeightSlot
@@ -18,49 +18,58 @@ logger = get_logger(__name__)
 
 
 class HostMethod(DenseMethod):
-    """The weight in memory of the host that `device` reads in place, without a copy of its own.
+    """The weight in memory of the host that a GPU reads in place, without a copy of its own.
 
-    Only for what is looked up: a step fetches one row a token.
+    Only for what is looked up: a step fetches one row a token. Until `settle`, a row of zeros on
+    the GPU stands in for all: compiling kernels need not wait until the memory is locked.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
     def create(self, layer: nn.Module, in_features: int, out_features: int) -> None:
-        """Raises RuntimeError if the system does not let so much memory be locked."""
-        rows = torch.empty(out_features, in_features, device="cpu")
+        row = torch.zeros(1, in_features)
+        layer.weight = nn.Parameter(row.expand(out_features, -1), requires_grad=False)
+
+    def settle(self, layer: nn.Module) -> None:
+        """Take and lock the memory. Raises RuntimeError if the system does not let that much be."""
+        stand_in = layer.get_parameter("weight")
+        rows = torch.empty(stand_in.shape, dtype=stand_in.dtype, device="cpu")
         rows.zero_()  # by several threads, where locking would fetch page after page
+        there = _seen_from(stand_in.device, rows)
         self._rows = nn.Parameter(rows, requires_grad=False)
-        layer.weight = nn.Parameter(_seen_from(self._device, self._rows.data), requires_grad=False)
+        layer.weight = nn.Parameter(there, requires_grad=False)
 
     def slots(self, layer: nn.Module, name: str, start: int, length: int) -> dict[str, WeightSlot]:
         return {f"{name}.weight": slot_of(self._rows, start, length)}
 
 
-def keep_embedding_on_host(model: nn.Module, device: torch.device, free_bytes: int) -> int:
-    """Move the embedding of a model whose weights are not loaded yet, unless its head multiplies by
-    it or it would take more than half of the host's `free_bytes`. Returns the bytes that `device`,
-    the default one here, is spared.
+def plan_embedding_on_host(model: nn.Module) -> Embedding | None:
+    """Have the model's embedding on the host, unless its head multiplies by it. It has to settle
+    before weights are loaded.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, MatrixLayer)]
     tied = {layer.method.embedding for layer in layers if isinstance(layer.method, TiedMethod)}
-    num_bytes = 0
     for layer in layers:
         if isinstance(layer, Embedding) and layer not in tied:
-            num_bytes += _move(layer, device, free_bytes)
-    return num_bytes
+            layer.change_method(HostMethod())
+            return layer
+    return None
 
 
-def _move(layer: Embedding, device: torch.device, free_bytes: int) -> int:
-    num_bytes, dense = layer.get_parameter("weight").nbytes, layer.method
-    if 2 * num_bytes > free_bytes:
-        logger.info("the embedding stays on the GPU: too little memory is free on the host")
-        return 0
+def settle_on_host(layer: Embedding, free_bytes: int) -> int:
+    """Give the embedding its memory: the host's, unless that is more than half of its `free_bytes`.
+    Returns the bytes that the GPU is spared.
+    """
+    weight, method = layer.get_parameter("weight"), layer.method
+    num_bytes = weight.nbytes
     try:
-        layer.change_method(HostMethod(device))
+        if 2 * num_bytes > free_bytes:
+            raise RuntimeError("too little memory is free on the host")
+        assert isinstance(method, HostMethod)
+        method.settle(layer)
     except RuntimeError as error:
         logger.warning("the embedding stays on the GPU: %s", error)
-        layer.change_method(dense)
+        layer.method = DENSE
+        dense = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        layer.weight = nn.Parameter(dense, requires_grad=False)
         return 0
     return num_bytes
 

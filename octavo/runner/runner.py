@@ -23,7 +23,7 @@ from octavo.kernels import launch
 from octavo.kernels.argmax import argmax
 from octavo.kernels.cpu import library
 from octavo.kernels.cpu.ops import in_charge
-from octavo.layers.host import keep_embedding_on_host
+from octavo.layers.host import plan_embedding_on_host, settle_on_host
 from octavo.log import get_logger
 from octavo.models import create_model
 from octavo.platforms import Platform
@@ -138,10 +138,8 @@ class ModelRunner:
         model = self._config.model
         with torch.device(self._device), _default_dtype(self._dtype):
             self._model = create_model(model.hf_config, model.max_model_len)
-            self._host_bytes = 0
-            if self._config.runner.embedding_on_host:
-                free = CpuPlatform().memory_free_bytes()
-                self._host_bytes = keep_embedding_on_host(self._model, self._device, free)
+            on_host = self._config.runner.embedding_on_host
+            self._on_host = plan_embedding_on_host(self._model) if on_host else None
         self._platform.trim_memory()  # before what stays takes a piece of what was spared
         self._model.eval().requires_grad_(False)
         self._backend = get_backend(self._config.runner.attention_backend)
@@ -168,7 +166,10 @@ class ModelRunner:
 
     def _load(self, packed_model: PackedModel | None, progress: bool) -> None:
         used_bytes = self._platform.memory_used_bytes()
+        host_bytes = 0
         with self.report.phase("load"):
+            if self._on_host is not None:
+                host_bytes = settle_on_host(self._on_host, CpuPlatform().memory_free_bytes())
             self._loaded = load_weights(self._model, self._config.model, progress, packed_model)
             if self._is_native:
                 stack_layers(self._model)
@@ -177,7 +178,7 @@ class ModelRunner:
             num_bytes = self._platform.memory_used_bytes() - used_bytes
         else:
             tensors = chain(self._model.parameters(), self._model.buffers())
-            num_bytes = sum(tensor.nbytes for tensor in tensors) - self._host_bytes
+            num_bytes = sum(tensor.nbytes for tensor in tensors) - host_bytes
         self.report.memory_bytes["weights"] = max(num_bytes, self._loaded.mapped_bytes, 0)
 
     def _measure_what_stays(self) -> None:

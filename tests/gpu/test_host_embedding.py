@@ -9,7 +9,7 @@ import torch
 from support.small_engines import QWEN3
 
 from octavo.layers.embedding import Embedding
-from octavo.layers.host import HostMethod, keep_embedding_on_host
+from octavo.layers.host import HostMethod, plan_embedding_on_host, settle_on_host
 from octavo.models import create_model
 
 pytestmark = pytest.mark.gpu
@@ -21,8 +21,10 @@ def test_rows_are_those_that_were_loaded(source: str, dtype: torch.dtype) -> Non
     device = torch.device("cuda", torch.cuda.current_device())
     values = torch.randn(5000, 96).to(dtype)
     for _ in range(3):  # what is let go can be taken again
-        embedding = Embedding(5000, 96)
-        embedding.change_method(HostMethod(device))
+        with device:
+            embedding = Embedding(5000, 96)
+            embedding.change_method(HostMethod())
+        assert settle_on_host(embedding, 1 << 40) == 5000 * 96 * 4
         before = torch.cuda.memory_allocated(device)
         (slot,) = embedding.weight_slots("embed").values()
         with torch.inference_mode():
@@ -44,7 +46,9 @@ def test_the_gpu_is_spared_its_bytes() -> None:
     before = torch.cuda.memory_reserved(device)
     with device:
         model = create_model(QWEN3 | {"vocab_size": 400_000}, 100)
-        spared = keep_embedding_on_host(model, device, 1 << 40)
+        embedding = plan_embedding_on_host(model)
+    assert embedding is not None
+    spared = settle_on_host(embedding, 1 << 40)
     assert spared == 400_000 * 256 * 4
     torch.cuda.empty_cache()
     rest = sum(parameter.nbytes for parameter in model.parameters()) - spared

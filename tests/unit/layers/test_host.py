@@ -7,10 +7,11 @@ import torch
 from support.small_engines import FAMILIES, QWEN3
 from torch import nn
 
-from octavo.layers.host import HostMethod, keep_embedding_on_host
+from octavo.layers.host import HostMethod, plan_embedding_on_host, settle_on_host
 from octavo.models import create_model
 
-DEVICE = torch.device("cpu")
+IDS = torch.tensor([3, 999])
+ROOM = 1 << 40
 
 
 @pytest.fixture
@@ -22,43 +23,50 @@ def stays(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("stays")
 def test_an_embedding_of_its_own_moves() -> None:
     model = create_model(QWEN3, 100)
-    names = list(model.weight_slots())
-    num_bytes = keep_embedding_on_host(model, DEVICE, 1 << 40)
-    assert num_bytes == QWEN3["vocab_size"] * QWEN3["hidden_size"] * 4
-    assert list(model.weight_slots()) == names
-    values = torch.randn(QWEN3["vocab_size"], QWEN3["hidden_size"])
+    size = model.embed_tokens.weight.shape
+    layer = plan_embedding_on_host(model)
+    assert layer is model.embed_tokens
+    assert layer.weight.untyped_storage().nbytes() == size[1] * 4
+    assert layer(IDS).eq(0).all()  # good enough for kernels to be compiled
+    assert settle_on_host(layer, ROOM) == size.numel() * 4
+    assert layer.weight.shape == size
+    values = torch.randn(size)
     model.weight_slots()["model.embed_tokens.weight"].load(values)
-    assert torch.equal(model.embed_tokens(torch.tensor([3, 999])), values[[3, 999]])
+    assert torch.equal(layer(IDS), values[IDS])
     on_host = [m for m in model.modules() if isinstance(getattr(m, "method", None), HostMethod)]
-    assert on_host == [model.embed_tokens]
+    assert on_host == [layer]
 
 
-@pytest.mark.usefixtures("stays")
 def test_one_that_the_head_multiplies_by_stays() -> None:
     model = create_model(QWEN3 | FAMILIES["llama"], 100)
-    assert keep_embedding_on_host(model, DEVICE, 1 << 40) == 0
+    assert plan_embedding_on_host(model) is None
     assert not isinstance(model.embed_tokens.method, HostMethod)
 
 
-def test_one_for_which_no_memory_can_be_locked_stays(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("room", [ROOM, 0])
+def test_one_for_which_there_is_no_memory_stays(
+    room: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("out of memory")
+        raise RuntimeError("it cannot be locked")
 
     monkeypatch.setattr("octavo.layers.host._seen_from", refuse)
     model = create_model(QWEN3, 100)
-    weight = model.embed_tokens.weight
-    assert keep_embedding_on_host(model, DEVICE, 1 << 40) == 0
-    assert isinstance(model.embed_tokens.weight, nn.Parameter)
-    assert model.embed_tokens.weight.shape == weight.shape
-    assert "model.embed_tokens.weight" in model.weight_slots()
-    assert "stays on the GPU: out of memory" in caplog.text
+    size = model.embed_tokens.weight.shape
+    layer = plan_embedding_on_host(model)
+    assert layer is not None
+    assert settle_on_host(layer, room) == 0
+    assert isinstance(layer.weight, nn.Parameter)
+    assert layer.weight.is_contiguous()
+    values = torch.randn(size)
+    model.weight_slots()["model.embed_tokens.weight"].load(values)
+    assert torch.equal(layer(IDS), values[IDS])
+    why = "it cannot be locked" if room else "too little memory is free on the host"
+    assert f"stays on the GPU: {why}" in caplog.text
 
 
 @pytest.mark.usefixtures("stays")
-def test_one_for_which_the_host_has_no_room_stays() -> None:
-    model = create_model(QWEN3, 100)
-    num_bytes = model.embed_tokens.weight.nbytes
-    assert keep_embedding_on_host(model, DEVICE, 2 * num_bytes - 1) == 0
-    assert keep_embedding_on_host(model, DEVICE, 2 * num_bytes) == num_bytes
+def test_half_of_the_free_memory_is_the_most() -> None:
+    layer = plan_embedding_on_host(create_model(QWEN3, 100))
+    assert layer is not None
+    assert settle_on_host(layer, 2 * layer.weight.nbytes) == layer.weight.nbytes
