@@ -344,7 +344,7 @@ class EngineInfo:
     startup_s: dict[str, float] = field(default_factory=dict)  # by phase
     memory_bytes: dict[str, int] = field(
         default_factory=dict
-    )  # by use: weights, graphs, workspace, kv, free
+    )  # by use: weights, graphs, workspace, kv, free; host: of the host's, locked for a GPU
 
 
 @dataclass(slots=True)

@@ -58,7 +58,8 @@ class EngineArgs:
     embedding_on_host: bool | None = option(
         None,
         "keep the token embedding, unless the head shares it, in the host's memory, where the GPU "
-        "looks rows up; the KV cache gets its room (default: on an NVIDIA GPU)",
+        "looks rows up, so that the KV cache gets its room (default: on an NVIDIA GPU, if the host "
+        "has as much to spare)",
     )
     kv_cache_memory_bytes: int | None = option(
         None, "KV-cache size, instead of what gpu_memory_utilization leaves"

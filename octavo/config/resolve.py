@@ -219,13 +219,13 @@ def _kv_cache_dtype(args: EngineArgs, model: ModelConfig, attention_backend: str
     return cast(DType, args.kv_cache_dtype)
 
 
-def _embedding_on_host(args: EngineArgs, device: DeviceInfo) -> bool:
+def _embedding_on_host(args: EngineArgs, device: DeviceInfo) -> bool | None:
     if args.embedding_on_host and not device.reads_host_memory:
         raise ConfigError(
             f"embedding_on_host needs an NVIDIA GPU under Linux, which reads the host's memory in "
             f"place; {device.name} does not. Leave it out."
         )
-    return device.reads_host_memory and args.embedding_on_host is not False
+    return args.embedding_on_host if device.reads_host_memory else False
 
 
 def _attention_backend(args: EngineArgs, device: DeviceInfo, quantization: Quantization) -> str:

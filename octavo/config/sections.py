@@ -86,7 +86,7 @@ class RunnerConfig:
     num_threads: int  # CPU threads for torch; 0: leave as is
     attention_backend: str
     enforce_eager: bool
-    embedding_on_host: bool  # unless the head shares it
+    embedding_on_host: bool | None  # unless the head shares it; None: if the host has room
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int

@@ -96,9 +96,11 @@ class Supervisor:
             OctavoError: what kept the engine from starting; the process has been stopped.
         """
         connection = await Connection.open(process, args, checkpoint)
-        # The cache keeps the size that it has: what was promised must still fit.
+        # The cache keeps the size that it has: what was promised must still fit, so what left the
+        # GPU for its sake must leave it again.
+        memory = connection.info.memory_bytes
         same = dataclasses.replace(
-            args, kv_cache_memory_bytes=connection.info.memory_bytes.get("kv")
+            args, kv_cache_memory_bytes=memory.get("kv"), embedding_on_host="host" in memory
         )
         patience = patience or Patience()
         nursery = Nursery(

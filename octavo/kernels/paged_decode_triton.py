@@ -29,11 +29,11 @@ from octavo.kernels import launch
 LOG2_E = 1.4426950408889634
 # A split is at least so long: below, starting a program costs more than what it reads.
 MIN_SPLIT_LEN = 128
-# The same where sequences fill the GPU uncut: only one long context among short ones is cut, lest
-# it be a tail. In between, it is shorter the more programs are missing.
-LONG_SPLIT_LEN = 1024
+# The same where uncut contexts would make as many programs as are wanted, half, a third, a quarter
+# of them: only those that are long among others are cut, lest they be a tail.
+SPLIT_LENS = {1: 1024, 2: 512, 3: 512, 4: 256}
 # Contexts may be cut into so many parts even where sequences fill the GPU, ...
-MIN_SPLITS = 8
+FEW_SPLITS = 8
 # ... as long as there are no more parts than this in all: each takes memory.
 MAX_PARTS = 4096
 MOST_SPLITS = 64
@@ -267,18 +267,19 @@ class DecodeWorkspace:
 def plan_splits(num_seqs: int, num_kv_heads: int, max_len: int, num_processors: int) -> Splits:
     """How to cut contexts of at most max_len keys."""
     target: int = triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors, num_seqs * num_kv_heads)
-    is_far = target > 4  # from filling the GPU
-    min_len = MIN_SPLIT_LEN if is_far else LONG_SPLIT_LEN >> (target.bit_length() - 1)
-    few = min(MIN_SPLITS, MAX_PARTS // (num_seqs * num_kv_heads))
+    # Where all are short, there would not be as many programs as are wanted.
+    shortest = max(max_len // target, MIN_SPLIT_LEN)
+    min_len = min(SPLIT_LENS.get(target, MIN_SPLIT_LEN), shortest)
+    few = min(FEW_SPLITS, MAX_PARTS // (num_seqs * num_kv_heads))
     most: int = triton.cdiv(max_len, min_len)
     return Splits(max(min(max(target, few), most, MOST_SPLITS), 1), min_len)
 
 
 def choose_config(head_dim: int, itemsize: int, min_split: int) -> DecodeConfig:
-    """By the bytes that one iteration keeps in shared memory, of which few programs can have all.
-    On an H100, head_dim 128, bfloat16, 8 KV heads: 16 sequences x 16,384 keys in 363 us (96 % of
-    the read ceiling), 256 of 100 to 1,500 in 275 us (92 %), 32 of 900 on average, some far longer,
-    in 48 us (67 %), 1 x 2,000 in 12 us.
+    """By the bytes that one iteration keeps in shared memory; where there are few programs, each
+    may take more of it. On an H100, head_dim 128, bfloat16, 8 KV heads: 16 sequences x 16,384 keys
+    in 363 us (96 % of the read ceiling), 256 of 100 to 1,500 in 275 us (92 %), 32 of 900 on
+    average, some far longer, in 48 us (67 %), 1 x 2,000 in 12 us.
     """
     row_bytes = triton.next_power_of_2(head_dim) * itemsize
     if row_bytes <= 256:

@@ -23,6 +23,7 @@ from octavo.kernels import launch
 from octavo.kernels.argmax import argmax
 from octavo.kernels.cpu import library
 from octavo.kernels.cpu.ops import in_charge
+from octavo.layers.embedding import Embedding
 from octavo.layers.host import plan_embedding_on_host, settle_on_host
 from octavo.log import get_logger
 from octavo.models import create_model
@@ -48,7 +49,8 @@ logger = get_logger(__name__)
 _FIRST_DECODES = (1, 4)  # rows
 _FIRST_CHUNKS = (64, 512)  # tokens, of up to 4 sequences
 # Decode sizes between which kernels differ: how contexts are cut, and how small products are made.
-_COMPILED_DECODES = (1, 2, 3, 4, 8, 32, 64, 128, 512)
+# Besides, the largest.
+COMPILED_DECODES = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512)
 _COMPILED_SHARED = (MIN_MEMBERS, 128)
 # Graphs keep their activations: those of a chunk may take so much, by its widest layer.
 _CHUNK_GRAPH_BYTES = 128 << 20
@@ -108,6 +110,7 @@ class ModelRunner:
         self._is_native = config.model.quantization != "none"  # as long as only CPUs quantise
         self._decode_graphs: DecodeGraphs | None = None
         self._chunk_graphs: ChunkGraphs | None = None
+        self._host_embedding: Embedding | None = None  # that has no memory yet
         self._kv: tuple[KVLayer, ...] = ()
         self.report = StartupReport()
         if config.runner.num_threads and self._device.type == "cpu":
@@ -138,8 +141,8 @@ class ModelRunner:
         model = self._config.model
         with torch.device(self._device), _default_dtype(self._dtype):
             self._model = create_model(model.hf_config, model.max_model_len)
-            on_host = self._config.runner.embedding_on_host
-            self._on_host = plan_embedding_on_host(self._model) if on_host else None
+            if self._config.runner.embedding_on_host is not False:
+                self._host_embedding = plan_embedding_on_host(self._model)
         self._platform.trim_memory()  # before what stays takes a piece of what was spared
         self._model.eval().requires_grad_(False)
         self._backend = get_backend(self._config.runner.attention_backend)
@@ -168,8 +171,11 @@ class ModelRunner:
         used_bytes = self._platform.memory_used_bytes()
         host_bytes = 0
         with self.report.phase("load"):
-            if self._on_host is not None:
-                host_bytes = settle_on_host(self._on_host, CpuPlatform().memory_free_bytes())
+            if self._host_embedding is not None:
+                must = self._config.runner.embedding_on_host
+                free = None if must else CpuPlatform().memory_free_bytes()
+                host_bytes = settle_on_host(self._host_embedding, free)
+                self._host_embedding = None
             self._loaded = load_weights(self._model, self._config.model, progress, packed_model)
             if self._is_native:
                 stack_layers(self._model)
@@ -180,6 +186,8 @@ class ModelRunner:
             tensors = chain(self._model.parameters(), self._model.buffers())
             num_bytes = sum(tensor.nbytes for tensor in tensors) - host_bytes
         self.report.memory_bytes["weights"] = max(num_bytes, self._loaded.mapped_bytes, 0)
+        if host_bytes:
+            self.report.memory_bytes["host"] = host_bytes
 
     def _measure_what_stays(self) -> None:
         """What a GPU holds from now on: weights, the state of rows, buffers of the backend."""
@@ -218,15 +226,16 @@ class ModelRunner:
         lens = sorted({min(16, longest), min(512, longest), longest}, reverse=True)
         plans = [_warm_up_plan(1, n, start=start) for n in lens for start in (0, n)]
         decodes, _ = self._new_graphs()
-        sizes = [(size, False) for size in _COMPILED_DECODES]
+        most = runner.max_num_seqs
+        sizes = [(min(size, most), False) for size in (*COMPILED_DECODES, most)]
         sizes += [(size, True) for size in _COMPILED_SHARED]
         # What takes longest to compile comes first.
         steps: list[Callable[[], object]] = [partial(self._run, plan) for plan in plans]
         steps.append(self._sampler.rehearse)
         steps += [
             partial(decodes.rehearse, size, shared=shared)
-            for size, shared in sizes
-            if size <= runner.max_num_seqs
+            for size, shared in dict.fromkeys(sizes)
+            if size <= most
         ]
         with launch.compiling(self._device):
             for step in steps:
@@ -364,6 +373,7 @@ class ModelRunner:
         """Free the device's memory. The runner cannot be used afterwards."""
         if self._loaded.keeper is not None:
             self._loaded.keeper.stop()
+        self._platform.synchronize()
         self._decode_graphs = self._chunk_graphs = None
         self._kv = ()
         del self._model, self._rows, self._sampler, self._backend

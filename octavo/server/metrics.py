@@ -176,7 +176,9 @@ class ServerMetrics(Collector):
             "phase",
             info.startup_s,
         )
-        yield _by_label("octavo:memory_bytes", "Device memory.", "use", info.memory_bytes)
+        yield _by_label(
+            "octavo:memory_bytes", "Device memory; host: locked for it.", "use", info.memory_bytes
+        )
 
     def _counters(self) -> Iterator[Metric]:
         for name, doc, value in (

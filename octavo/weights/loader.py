@@ -117,10 +117,11 @@ def _load_checkpoint(model: nn.Module, config: ModelConfig, progress: bool) -> N
 def _read(
     config: ModelConfig, slots: dict[str, WeightSlot], device: torch.device
 ) -> Generator[tuple[str, torch.Tensor | Blocks], None, None]:
-    """What the checkpoint holds: on the CPU, or what there are slots for already on `device`."""
+    """What the checkpoint holds: on the CPU, or what `device` has slots for already there."""
 
     def is_wanted(name: str, tensor: torch.Tensor) -> bool:
-        return name in slots and tuple(tensor.shape) == slots[name].shape
+        slot = slots.get(name)
+        return slot is not None and not slot.on_host and tuple(tensor.shape) == slot.shape
 
     is_part = "text_part_of" in config.hf_config
     if config.load_format == "gguf":

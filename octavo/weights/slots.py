@@ -23,3 +23,4 @@ class WeightSlot:
     load: Callable[[torch.Tensor], None]  # copies (and casts) into the parameter, or a part of it
     # Takes 4- or 8-bit blocks as they are; None where they must be dequantised first.
     load_blocks: Callable[[Blocks], None] | None = None
+    on_host: bool = False  # the parameter is, though the model may be on a GPU

@@ -130,6 +130,8 @@ def attention() -> None:
         for max_len in (64, 4096):
             rows = query[:2], query[:2], cache, cache, table, lens, max_len, DecodeWorkspace()
             paged_decode(*rows, **how)
+        many = torch.zeros(64, 4, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+        paged_decode(query, query, cache, cache, *many, 4096, DecodeWorkspace(), **how)
         if spec.sliding_window is None or spec.logit_softcap is not None:
             how |= {"window": None}
             part = attend_shared(

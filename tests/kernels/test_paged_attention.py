@@ -14,6 +14,14 @@ pytest.importorskip("triton")
 
 from octavo.attention import AttentionSpec, SharedPrefix, TorchAttention, get_backend
 from octavo.kernels import launch
+from octavo.kernels.paged_decode_triton import (
+    MAX_PARTS,
+    MIN_SPLIT_LEN,
+    choose_config,
+    plan_splits,
+)
+from octavo.runner.graphs import batch_ladder
+from octavo.runner.runner import COMPILED_DECODES
 
 SPECS = {
     "gqa": AttentionSpec(4, 2, 32, 32**-0.5),
@@ -58,6 +66,36 @@ def compare(spec, chunks, device, dtype=torch.float32, block_size=16, num_decode
 @pytest.mark.parametrize("name", SPECS)
 def test_backend_agrees_with_torch(name, step, device):
     compare(SPECS[name], STEPS[step], device)
+
+
+@pytest.mark.parametrize("target", [1, 2, 4])
+@pytest.mark.parametrize("name", ["gqa", "window-softcap"])
+def test_contexts_are_cut_by_how_full_the_gpu_is(name, target, device, monkeypatch):
+    """As tens of sequences would be: 3 of 2 KV heads, on a GPU of few processors."""
+    spec = SPECS[name]
+    monkeypatch.setattr(
+        launch, "num_processors", lambda device: 3 * spec.num_kv_heads * target // 2
+    )
+    compare(spec, STEPS["decodes"], device)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 4, 8])
+@pytest.mark.parametrize("max_len", [1, 300, 2048, 32768])
+def test_plans_of_splits(max_len, num_kv_heads):
+    """No more parts than there is memory for, none that must be empty, and no kernel that start-up
+    does not know of.
+    """
+    kinds = {}
+    for num_seqs in batch_ladder(1024):
+        splits = plan_splits(num_seqs, num_kv_heads, max_len, 132)
+        assert 1 <= splits.most <= max(MAX_PARTS // (num_seqs * num_kv_heads), 1, 264 // num_seqs)
+        assert (splits.most - 1) * splits.min_len < max_len
+        programs = num_seqs * num_kv_heads * splits.most
+        assert programs >= 264 or splits.most == -(-max_len // MIN_SPLIT_LEN) or max_len > 16384
+        kinds[num_seqs] = splits.most > 1, choose_config(128, 2, splits.min_len)
+    assert set(kinds.values()) == {
+        kinds[size] for size in kinds if size in (*COMPILED_DECODES, 1024)
+    }
 
 
 @pytest.mark.parametrize("block_size", [16, 128])

@@ -66,7 +66,7 @@ def test_what_a_cpu_gets() -> None:
     assert config.scheduler.max_num_batched_tokens == 256
     assert config.scheduler.async_depth == 0
     assert config.runner.enforce_eager
-    assert not config.runner.embedding_on_host
+    assert config.runner.embedding_on_host is False
     assert config.runner.num_threads == 6
     assert config.runner.attention_backend == "torch"
     assert config.model.dtype == "float32"
@@ -81,7 +81,7 @@ def test_what_a_gpu_gets() -> None:
     assert config.scheduler.max_num_batched_tokens == 8192
     assert config.scheduler.async_depth == 1
     assert not config.runner.enforce_eager
-    assert config.runner.embedding_on_host
+    assert config.runner.embedding_on_host is None
     assert config.runner.attention_backend == "quick"
     assert config.model.dtype == "bfloat16"
 
@@ -107,7 +107,7 @@ def test_what_the_user_says_goes() -> None:
     assert config.scheduler.async_depth == 0
     assert config.scheduler.policy == "priority"
     assert config.runner.enforce_eager
-    assert not config.runner.embedding_on_host
+    assert config.runner.embedding_on_host is False
     assert config.runner.num_threads == 3
     assert config.cache.require_full_context
     for section in (config.scheduler, config.runner):
@@ -269,4 +269,5 @@ def test_sections_cannot_be_changed() -> None:
 def test_an_embedding_on_the_host_needs_a_device_that_reads_it() -> None:
     with pytest.raises(ConfigError, match="embedding_on_host needs an NVIDIA GPU"):
         resolved(CPU, embedding_on_host=True)
-    assert not resolved(CPU, embedding_on_host=False).runner.embedding_on_host
+    assert resolved(CPU, embedding_on_host=False).runner.embedding_on_host is False
+    assert resolved(GPU, embedding_on_host=True).runner.embedding_on_host

@@ -7,7 +7,8 @@ import torch
 from support.small_engines import FAMILIES, QWEN3
 from torch import nn
 
-from octavo.layers.host import HostMethod, plan_embedding_on_host, settle_on_host
+from octavo.errors import ConfigError
+from octavo.layers.host import HostMethod, LockError, plan_embedding_on_host, settle_on_host
 from octavo.models import create_model
 
 IDS = torch.tensor([3, 999])
@@ -48,7 +49,7 @@ def test_one_for_which_there_is_no_memory_stays(
     room: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("it cannot be locked")
+        raise LockError("it cannot be locked")
 
     monkeypatch.setattr("octavo.layers.host._seen_from", refuse)
     model = create_model(QWEN3, 100)
@@ -63,6 +64,17 @@ def test_one_for_which_there_is_no_memory_stays(
     assert torch.equal(layer(IDS), values[IDS])
     why = "it cannot be locked" if room else "too little memory is free on the host"
     assert f"stays on the GPU: {why}" in caplog.text
+
+
+def test_one_that_has_to_move_and_cannot_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+        raise LockError("it cannot be locked")
+
+    monkeypatch.setattr("octavo.layers.host._seen_from", refuse)
+    layer = plan_embedding_on_host(create_model(QWEN3, 100))
+    assert layer is not None
+    with pytest.raises(ConfigError, match=r"embedding_on_host is not possible: it cannot be lo"):
+        settle_on_host(layer, None)
 
 
 @pytest.mark.usefixtures("stays")
