@@ -31,16 +31,19 @@ INLINE_ISA void dot_q4(const int num, const uint8_t *w, const int8_t *q, vi *dot
     for (int r = 0; r < num; r++) dots[r] += (vi)_mm256_madd_epi16(sums[r], ones);
 }
 
-/* |w| * (a with w's sign): two products of at most 128 * 127 fit 16 bits. */
+/* For a, then b, in each half of 128 bits. */
+INLINE_ISA vf add_neighbours(vf a, vf b) { return (vf)_mm256_hadd_ps((__m256)a, (__m256)b); }
+#define add_neighbours add_neighbours
+
+/* Weights lie 128 too high: one operand is unsigned. Two products fit 16 bits because activations
+ * were divided such that two neighbours of the same sign add up to 128 at most, times 255. */
 INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, vi *dots) {
     const __m256i ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 8
     for (int v = 0; v < 8; v++) {
         __m256i weights = _mm256_loadu_si256((const __m256i *)(w + v * 32));
-        __m256i magnitudes = _mm256_abs_epi8(weights);
         for (int r = 0; r < num; r++) {
-            __m256i signs = _mm256_sign_epi8(four(q, v, r), weights);
-            __m256i pairs = _mm256_maddubs_epi16(magnitudes, signs);
+            __m256i pairs = _mm256_maddubs_epi16(weights, four(q, v, r));
             dots[r] += (vi)_mm256_madd_epi16(pairs, ones);
             __asm__("" : "+x"(dots[r])); /* as above */
         }
@@ -49,7 +52,7 @@ INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, vi *dot
 
 #include "kernels.inc.h"
 
-const isa isa_avx2 = {"avx2", LANES, 0, quantize, to_q8_0, narrow, linear, rms_norm, rotate,
+const isa isa_avx2 = {"avx2", LANES, 0x80, quantize, to_q8_0, narrow, linear, rms_norm, rotate,
                       gate, attend, merge, argmax, draw, rate};
 #if defined(__clang__)
 #pragma clang attribute pop

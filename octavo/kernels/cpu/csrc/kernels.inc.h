@@ -7,7 +7,8 @@
  *   sum_lanes, max_lanes
  *   load_half(p)     LANES float16s as floats; store_half(p, x)
  *   narrow_group(x, to)  GROUP int32s, all within [-127, 127], to bytes
- *   dot_q4, dot_q8   see multiply_panel */
+ *   dot_q4, dot_q8   see multiply_panel
+ *   add_neighbours(a, b)  only where dot_q8 adds two products in 16 bits: a[0] + a[1] and so on */
 #include "vectors.inc.h"
 
 #include "attention.inc.h"
