@@ -100,6 +100,19 @@ static void quantize(const float *x, int32_t in_features, activations *to, int64
  * from beyond the second-level cache as fast as they are asked for. */
 #define AHEAD 16
 
+/* A group of one panel, a byte for each weight: inputs 4v to 4v + 3 of all its outputs in vector v. */
+INLINE void unpack(const int kind, const uint8_t *panel, vb *weights) {
+    const vbu *packed = (const vbu *)panel;
+    for (int v = 0; v < FOURS; v++) {
+        if (kind == Q8_0)
+            weights[v] = packed[v];
+        else if (v % 2 == 0)
+            weights[v] = packed[v / 2] & 15;
+        else
+            weights[v] = (vb)((vu)packed[v / 2] >> 4) & 15;
+    }
+}
+
 /* `num` rows of activations, all of one cell, times one panel: LANES results each. */
 INLINE void multiply_panel(const int num, const int kind, const uint8_t *panel,
                            const activations *x, int64_t row, vf *result) {
@@ -113,13 +126,12 @@ INLINE void multiply_panel(const int num, const int kind, const uint8_t *panel,
          g++, panel += group_size, q += CELL_ROWS * GROUP, cell += CELL_ROWS) {
         for (size_t i = 0; i < group_size; i += 64)
             __builtin_prefetch(panel + AHEAD * group_size + i);
+        vb weights[FOURS];
+        unpack(kind, panel, weights);
         vi dots[MR];
         for (int r = 0; r < num; r++)
             dots[r] = kind == Q4_1 ? (vi){} : x->offset[cell + r] - (vi){};
-        if (kind == Q8_0)
-            dot_q8(num, panel, q, dots);
-        else
-            dot_q4(num, panel, q, dots);
+        dot(kind, num, weights, q, dots);
         vf scale = load_half(panel + quants);
         for (int r = 0; r < num; r++) {
             vf both = scale * splat(x->scale[cell + r]);
