@@ -53,7 +53,7 @@ def test_quality_of_the_default(smollm2_dir, best_isa_again):
         outputs = llm.generate(prompts, params, use_tqdm=False)
         expected = perplexity(score(llm, texts))
     forced = [o.prompt_token_ids + o.outputs[0].token_ids for o in outputs]
-    for name in ("avx512", "amx") if library.isa() == "amx" else ("",):
+    for name in ("avx2", "avx512", "amx") if library.isa() == "amx" else ("",):
         assert library.use_isa(name)
         with LLM("smollm2-135m", quantization="int8") as llm:
             assert abs(perplexity(score(llm, texts)) / expected - 1) < 0.01

@@ -11,45 +11,36 @@
 
 #include "isa_256.h"
 
-/* Sixteen products of at most 15 * 127 add up to 30,480: a group's sum fits 16 bits. */
-INLINE_ISA void dot_q4(const int num, const uint8_t *w, const int8_t *q, vi *dots) {
-    const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    __m256i sums[MR];
-    for (int r = 0; r < num; r++) sums[r] = _mm256_setzero_si256();
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; v++) {
-        __m256i both = _mm256_loadu_si256((const __m256i *)(w + v * 32));
-        __m256i low = _mm256_and_si256(both, mask);
-        __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
-        for (int r = 0; r < num; r++) {
-            sums[r] = _mm256_add_epi16(sums[r], _mm256_maddubs_epi16(low, four(q, 2 * v, r)));
-            sums[r] = _mm256_add_epi16(sums[r], _mm256_maddubs_epi16(high, four(q, 2 * v + 1, r)));
-            /* Keeps the compiler from adding up in a tree, for which there are no registers. */
-            __asm__("" : "+x"(sums[r]));
-        }
-    }
-    for (int r = 0; r < num; r++) dots[r] += (vi)_mm256_madd_epi16(sums[r], ones);
-}
+/* For a, then b, in each half of 128 bits. */
+INLINE_ISA vf add_neighbours(vf a, vf b) { return (vf)_mm256_hadd_ps((__m256)a, (__m256)b); }
+#define add_neighbours add_neighbours
 
-/* |w| * (a with w's sign): two products of at most 128 * 127 fit 16 bits. */
-INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, vi *dots) {
+/* Of 4 bits, a group's sum fits 16 bits: sixteen products of at most 15 * 127 add up to 30,480. Of 8
+ * bits, two products do: weights lie 128 too high, one operand being unsigned, and activations were
+ * divided such that two neighbours of the same sign add up to 128 at most, which is taken 255 times. */
+INLINE_ISA void dot(const int kind, const int num, const vb *w, const int8_t *q, vi *dots) {
     const __m256i ones = _mm256_set1_epi16(1);
+    __m256i sums[MR];
 #pragma GCC unroll 8
-    for (int v = 0; v < 8; v++) {
-        __m256i weights = _mm256_loadu_si256((const __m256i *)(w + v * 32));
-        __m256i magnitudes = _mm256_abs_epi8(weights);
+    for (int v = 0; v < FOURS; v++)
         for (int r = 0; r < num; r++) {
-            __m256i signs = _mm256_sign_epi8(four(q, v, r), weights);
-            __m256i pairs = _mm256_maddubs_epi16(magnitudes, signs);
-            dots[r] += (vi)_mm256_madd_epi16(pairs, ones);
-            __asm__("" : "+x"(dots[r])); /* as above */
+            __m256i pairs = _mm256_maddubs_epi16((__m256i)w[v], four(q, v, r));
+            /* Keeps the compiler from adding up in a tree, for which there are no registers. */
+            if (kind == Q8_0) {
+                dots[r] += (vi)_mm256_madd_epi16(pairs, ones);
+                __asm__("" : "+x"(dots[r]));
+            } else {
+                sums[r] = v ? _mm256_add_epi16(sums[r], pairs) : pairs;
+                __asm__("" : "+x"(sums[r]));
+            }
         }
-    }
+    if (kind != Q8_0)
+        for (int r = 0; r < num; r++) dots[r] += (vi)_mm256_madd_epi16(sums[r], ones);
 }
 
 #include "kernels.inc.h"
 
-const isa isa_avx2 = {"avx2", LANES, 0, quantize, to_q8_0, narrow, linear, rms_norm, rotate,
+const isa isa_avx2 = {"avx2", LANES, 0x80, quantize, to_q8_0, narrow, linear, rms_norm, rotate,
                       gate, attend, merge, argmax, draw, rate};
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -42,28 +42,13 @@ INLINE_ISA __m512i four(const int8_t *q, int v, int r) {
     return _mm512_set1_epi32(bytes);
 }
 
-INLINE_ISA void dot_q4(const int num, const uint8_t *w, const int8_t *q, vi *dots) {
-    const __m512i mask = _mm512_set1_epi8(15);
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; v++) {
-        __m512i both = _mm512_loadu_si512(w + v * 64);
-        __m512i low = _mm512_and_si512(both, mask);
-        __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
-        for (int r = 0; r < num; r++)
-            dots[r] = (vi)_mm512_dpbusd_epi32((__m512i)dots[r], low, four(q, 2 * v, r));
-        for (int r = 0; r < num; r++)
-            dots[r] = (vi)_mm512_dpbusd_epi32((__m512i)dots[r], high, four(q, 2 * v + 1, r));
-    }
-}
-
-/* Weights lie 128 too high: one operand is unsigned. */
-INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, vi *dots) {
+/* 8-bit weights lie 128 too high: one operand is unsigned. */
+INLINE_ISA void dot(const int kind, const int num, const vb *w, const int8_t *q, vi *dots) {
+    (void)kind;
 #pragma GCC unroll 8
-    for (int v = 0; v < 8; v++) {
-        __m512i weights = _mm512_loadu_si512(w + v * 64);
+    for (int v = 0; v < FOURS; v++)
         for (int r = 0; r < num; r++)
-            dots[r] = (vi)_mm512_dpbusd_epi32((__m512i)dots[r], weights, four(q, v, r));
-    }
+            dots[r] = (vi)_mm512_dpbusd_epi32((__m512i)dots[r], (__m512i)w[v], four(q, v, r));
 }
 
 #include "kernels.inc.h"

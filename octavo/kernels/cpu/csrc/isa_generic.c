@@ -22,23 +22,12 @@ INLINE_ISA void store_half(uint8_t *p, vf x) {
     }
 }
 
-INLINE_ISA void dot_q4(const int num, const uint8_t *w, const int8_t *q, vi *dots) {
-    for (int v = 0; v < 4; v++)
+INLINE_ISA void dot(const int kind, const int num, const vb *w, const int8_t *q, vi *dots) {
+    (void)kind;
+    for (int v = 0; v < FOURS; v++)
         for (int r = 0; r < num; r++)
-            for (int l = 0; l < LANES; l++)
-                for (int j = 0; j < 4; j++) {
-                    uint8_t both = w[(v * LANES + l) * 4 + j];
-                    dots[r][l] += (both & 15) * FOUR(q, 2 * v, r)[j];
-                    dots[r][l] += (both >> 4) * FOUR(q, 2 * v + 1, r)[j];
-                }
-}
-
-INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, vi *dots) {
-    for (int v = 0; v < 8; v++)
-        for (int r = 0; r < num; r++)
-            for (int l = 0; l < LANES; l++)
-                for (int j = 0; j < 4; j++)
-                    dots[r][l] += (int8_t)w[(v * LANES + l) * 4 + j] * FOUR(q, v, r)[j];
+            for (int i = 0; i < 4 * LANES; i++)
+                dots[r][i / 4] += (int8_t)w[v][i] * FOUR(q, v, r)[i % 4];
 }
 
 #include "kernels.inc.h"

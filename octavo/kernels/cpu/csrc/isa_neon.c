@@ -29,24 +29,11 @@ INLINE_ISA int8x16_t four(const int8_t *q, int v, int r) {
     return vreinterpretq_s8_s32(vdupq_n_s32(bytes));
 }
 
-INLINE_ISA void dot_q4(const int num, const uint8_t *w, const int8_t *q, vi *dots) {
-    for (int v = 0; v < 4; v++) {
-        uint8x16_t both = vld1q_u8(w + v * 16);
-        int8x16_t low = vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15)));
-        int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(both, 4));
-        for (int r = 0; r < num; r++) {
-            int32x4_t sum = vdotq_s32((int32x4_t)dots[r], low, four(q, 2 * v, r));
-            dots[r] = (vi)vdotq_s32(sum, high, four(q, 2 * v + 1, r));
-        }
-    }
-}
-
-INLINE_ISA void dot_q8(const int num, const uint8_t *w, const int8_t *q, vi *dots) {
-    for (int v = 0; v < 8; v++) {
-        int8x16_t weights = vreinterpretq_s8_u8(vld1q_u8(w + v * 16));
+INLINE_ISA void dot(const int kind, const int num, const vb *w, const int8_t *q, vi *dots) {
+    (void)kind;
+    for (int v = 0; v < FOURS; v++)
         for (int r = 0; r < num; r++)
-            dots[r] = (vi)vdotq_s32((int32x4_t)dots[r], weights, four(q, v, r));
-    }
+            dots[r] = (vi)vdotq_s32((int32x4_t)dots[r], (int8x16_t)w[v], four(q, v, r));
 }
 
 #include "kernels.inc.h"

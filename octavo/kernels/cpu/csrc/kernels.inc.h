@@ -7,7 +7,10 @@
  *   sum_lanes, max_lanes
  *   load_half(p)     LANES float16s as floats; store_half(p, x)
  *   narrow_group(x, to)  GROUP int32s, all within [-127, 127], to bytes
- *   dot_q4, dot_q8   see multiply_panel */
+ *   dot(kind, num, weights, q, dots)  adds the products of a group's weights, unpacked, and inputs
+ *                    of `num` rows, inputs 0 to 3 of the first of which lie at q
+ *   add_neighbours(a, b)  only where `dot` adds up two products of 8 bits in 16: a[0] + a[1] and so
+ *                    on, in any order */
 #include "vectors.inc.h"
 
 #include "attention.inc.h"

@@ -35,7 +35,7 @@ static void multiply_panels(void *context, int32_t chunk) {
 static activations make_activations(const matrix *m, int64_t num_rows) {
     int64_t cells = divide_up(num_rows, CELL_ROWS) * CELL_ROWS * m->num_groups;
     char *memory = scratch((size_t)cells * (GROUP + 12));
-    activations a = {.q = (int8_t *)memory, .num_groups = m->num_groups};
+    activations a = {.q = (int8_t *)memory, .num_groups = m->num_groups, .kind = m->kind};
     a.zero = m->kind == Q4_0 ? 8 : m->kind == Q8_0 ? active->flip8 : 0;
     a.scale = (float *)(memory + cells * GROUP);
     a.offset = (int32_t *)(a.scale + cells);

@@ -2,13 +2,32 @@
 
 #define GROUP_VECTORS (GROUP / LANES)
 
-/* What a group is divided by to fit 8 bits; no number if one of its values is none, or infinite. */
-INLINE float scale_of(const vf *values) {
-    vf most = {}, zero = {};
-    for (int v = 0; v < GROUP_VECTORS; v++) {
-        most = vmax(most, vabs(values[v]));
-        zero = vfma(values[v], splat(0), zero);
+INLINE vf largest(const vf *values) {
+    vf most = {};
+    for (int v = 0; v < GROUP_VECTORS; v++) most = vmax(most, vabs(values[v]));
+    return most;
+}
+
+#ifdef add_neighbours
+/* The same, or 127/128 of the largest sum of two neighbours whose signs are the same. */
+INLINE vf largest_sum(const vf *values) {
+    vf most = {}, none = {};
+    for (int v = 0; v < GROUP_VECTORS; v += 2) {
+        vf a = values[v], b = values[v + 1];
+        most = vmax(most, add_neighbours(vmax(a, none), vmax(b, none)));
+        most = vmax(most, -add_neighbours(vmin(a, none), vmin(b, none)));
     }
+    return vmax(largest(values), most * splat(127.0f / 128));
+}
+#else
+#define largest_sum largest
+#endif
+
+/* What a group is divided by so that `most` becomes 127; no number if one of its values is none, or
+ * infinite. */
+INLINE float scale_of(const vf *values, vf most) {
+    vf zero = {};
+    for (int v = 0; v < GROUP_VECTORS; v++) zero = vfma(values[v], splat(0), zero);
     return max_lanes(most) / 127.0f + sum_lanes(zero);
 }
 
@@ -38,7 +57,7 @@ INLINE void row_to_q8_0(const int type, const uint8_t *x, int64_t size, uint8_t 
         vf values[GROUP_VECTORS];
         for (int v = 0; v < GROUP_VECTORS; v++)
             values[v] = load_number(type, from + v * LANES * width);
-        uint16_t half = float_to_half(scale_of(values));
+        uint16_t half = float_to_half(scale_of(values, largest(values)));
         float scale = half_to_float(half), inverse = scale > 0 ? 1 / scale : 0;
         memcpy(block, &half, 2);
         round_group(values, inverse, (int8_t *)block + 2);
@@ -67,13 +86,30 @@ static void quantize(const float *x, int32_t in_features, activations *to, int64
         }
         vf values[GROUP_VECTORS];
         for (int v = 0; v < GROUP_VECTORS; v++) values[v] = load(from + v * LANES);
-        float scale = scale_of(values);
+        float scale = scale_of(values, to->kind == Q8_0 ? largest_sum(values) : largest(values));
         float inverse = scale > 0 ? 1.0f / scale : 0.0f;
         float sum = round_group(values, inverse, bytes);
         for (int v = 0; v < FOURS; v++) memcpy(FOUR(q, v, 0), bytes + 4 * v, 4);
         to->scale[cell] = scale;
         to->offset[cell] = -to->zero * (int32_t)sum;
         to->xsum[cell] = scale * sum;
+    }
+}
+
+/* Groups between what is read and what is fetched from memory: when few rows take part, weights come
+ * from beyond the second-level cache as fast as they are asked for. */
+#define AHEAD 16
+
+/* A group of one panel, a byte for each weight: inputs 4v to 4v + 3 of all its outputs in vector v. */
+INLINE void unpack(const int kind, const uint8_t *panel, vb *weights) {
+    const vbu *packed = (const vbu *)panel;
+    for (int v = 0; v < FOURS; v++) {
+        if (kind == Q8_0)
+            weights[v] = packed[v];
+        else if (v % 2 == 0)
+            weights[v] = packed[v / 2] & 15;
+        else
+            weights[v] = (vb)((vu)packed[v / 2] >> 4) & 15;
     }
 }
 
@@ -88,12 +124,14 @@ INLINE void multiply_panel(const int num, const int kind, const uint8_t *panel,
     for (int r = 0; r < num; r++) result[r] = (vf){};
     for (int32_t g = 0; g < num_groups;
          g++, panel += group_size, q += CELL_ROWS * GROUP, cell += CELL_ROWS) {
+        for (size_t i = 0; i < group_size; i += 64)
+            __builtin_prefetch(panel + AHEAD * group_size + i);
+        vb weights[FOURS];
+        unpack(kind, panel, weights);
         vi dots[MR];
-        for (int r = 0; r < num; r++) dots[r] = x->offset[cell + r] - (vi){};
-        if (kind == Q8_0)
-            dot_q8(num, panel, q, dots);
-        else
-            dot_q4(num, panel, q, dots);
+        for (int r = 0; r < num; r++)
+            dots[r] = kind == Q4_1 ? (vi){} : x->offset[cell + r] - (vi){};
+        dot(kind, num, weights, q, dots);
         vf scale = load_half(panel + quants);
         for (int r = 0; r < num; r++) {
             vf both = scale * splat(x->scale[cell + r]);

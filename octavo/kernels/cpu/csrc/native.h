@@ -23,7 +23,7 @@
 #define GROUP 32
 /* Of the packed order above and of the rounding to 8 bits. Raise it when either changes: packed
  * weights are kept on disk. */
-#define PACKING_VERSION 1
+#define PACKING_VERSION 2
 #define EXPORT __attribute__((visibility("default")))
 
 enum { Q4_0 = 0, Q4_1 = 1, Q8_0 = 2 };
@@ -46,7 +46,7 @@ typedef struct {
     float *scale;   /* [rows / CELL_ROWS][num_groups][CELL_ROWS] */
     int32_t *offset; /* the same: what sums of products begin with, -zero * sum of q */
     float *xsum;    /* the same: scale * sum of q */
-    int32_t num_groups;
+    int32_t num_groups, kind; /* as the matrix has them */
     int32_t zero; /* how much higher than their values the matrix's quants lie, as kernels read them */
 } activations;
 

@@ -4,7 +4,6 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
 
 INLINE vf splat(float x) {
