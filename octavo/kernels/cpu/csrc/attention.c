@@ -47,7 +47,8 @@ static void write_rows(void *context, int32_t chunk) {
 static void attend_items(void *context, int32_t chunk) {
     const attention_context *c = context;
     ROWS_OF(chunk, c->num_items, c->num_chunks);
-    for (int64_t i = begin; i < end; i++) active->attend(c->a, c->b, &c->items[i]);
+    for (int64_t i = begin; i < end; i++)
+        (c->items[i].in_tiles ? active->attend_tiles : active->attend)(c->a, c->b, &c->items[i]);
 }
 
 static int32_t tile_rows(const attention *a) {
@@ -82,6 +83,23 @@ static int32_t add_items(const attention *a, attention_item *items, attention_it
     return num;
 }
 
+/* Items of one sequence's queries of its prompt. */
+static int32_t add_tile_items(const attention *a, attention_item *items, attention_item base,
+                              int32_t num_queries, int32_t position) {
+    int32_t group = a->num_heads / a->num_kv_heads, num = 0;
+    int32_t row_floats = (int32_t)divide_up(a->head_dim, GROUP) * GROUP;
+    int32_t most = MAX_PROMPT_FLOATS / row_floats / (2 * TILE) * (2 * TILE) / group;
+    for (int32_t end = num_queries; end > 0; end -= most) { /* the longest first */
+        int32_t q = end > most ? end - most : 0;
+        for (base.kv_head = 0; base.kv_head < a->num_kv_heads; base.kv_head++) {
+            attention_item item = base;
+            item.token = base.token + q, item.position = position + q, item.num_queries = end - q;
+            items[num++] = item;
+        }
+    }
+    return num;
+}
+
 /* Write the step's keys and values into the cache, then attend causally. */
 void attend_batch(const attention *a, const batch *b, const float *key, int64_t key_stride,
                          const float *value, int64_t value_stride) {
@@ -104,15 +122,22 @@ void attend_batch(const attention *a, const batch *b, const float *key, int64_t 
     c.items = (attention_item *)(memory + partial_bytes);
     /* Memory is read in its order where there are enough items without a division by heads. */
     int32_t together = segments < 4 * pool_threads() ? 1 : least(a->num_kv_heads, tile_rows(a) / group);
-    int32_t token = 0;
+    const int has_tiles = active->attend_tiles && a->kv_type != FLOAT32;
+    int32_t token = 0, role = 0;
     for (int32_t i = 0; i < b->num_seqs; token += b->query_lens[i++]) {
-        int32_t split = b->query_lens[i] == 1 && b->seq_lens[i] > SEGMENT;
-        int32_t heads = b->query_lens[i] == 1 ? together : 1;
+        attention_item base = {.seq = i, .token = token, .num_kv_heads = 1, .in_tiles = 1};
+        while (has_tiles && b->role_ends[role] <= token) role++;
+        int32_t num_prompt = role % 2 ? least(b->query_lens[i], b->role_ends[role] - token) : 0;
+        c.num_items += add_tile_items(a, c.items + c.num_items, base, num_prompt,
+                                      b->seq_lens[i] - b->query_lens[i]);
+        int32_t num_queries = b->query_lens[i] - num_prompt;
+        int32_t split = num_queries == 1 && b->seq_lens[i] > SEGMENT;
+        int32_t heads = num_queries == 1 ? together : 1;
+        base.token += num_prompt, base.in_tiles = 0;
         for (int32_t h = 0; h < a->num_kv_heads && b->seq_lens[i]; h += heads) {
-            attention_item base = {.seq = i, .kv_head = h, .token = token};
-            base.num_kv_heads = least(heads, a->num_kv_heads - h);
-            c.num_items += add_items(a, c.items + c.num_items, base, b->query_lens[i],
-                                     b->seq_lens[i], split, &partials);
+            base.kv_head = h, base.num_kv_heads = least(heads, a->num_kv_heads - h);
+            c.num_items += add_items(a, c.items + c.num_items, base, num_queries, b->seq_lens[i],
+                                     split, &partials);
         }
     }
     c.num_chunks = least(c.num_items, divide_up(scores, 512)); /* of at least 512 scores */
