@@ -136,7 +136,7 @@ static void multiply_pair(const matrix *m, const uint16_t *tiles, int64_t row_be
         const int64_t num_rows = least(row_end - row, SQUARE);
         const int is_whole = !bias && num_rows == SQUARE && num_outputs >= SQUARE;
         float *to = is_whole ? out + row * out_stride : square;
-        multiply_tiles(rows, weights, m->num_groups, next, num_rows, to,
+        multiply_tiles(rows, weights, m->num_groups, next, 1, num_rows, to,
                        is_whole ? out_stride : SQUARE);
         if (!is_whole)
             put(square, bias ? bias + column : NULL, out + row * out_stride, out_stride, num_rows,

@@ -40,17 +40,17 @@ INLINE void configure_tiles(void) {
 }
 
 /* 32 rows of 32 outputs, to rows that lie `out_bytes` apart. Those of the second tiles, and their
- * weights, lie `next` after those of the first; rows to come are fetched ahead. Tile loads cost as
- * much as products, so each is used twice. */
+ * weights, lie `next` after those of the first; where rows are `far`, those to come are fetched
+ * ahead. Tile loads cost as much as products, so each is used twice. */
 INLINE void multiply_square(const uint16_t *rows, const uint16_t *weights, int32_t num_groups,
-                            int64_t next, float *out, int64_t out_bytes) {
+                            int64_t next, const int far, float *out, int64_t out_bytes) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int32_t g = 0; g < num_groups; g++, rows += CELLS, weights += CELLS) {
 #pragma GCC unroll 16
-        for (int line = 0; line < TILE; line++) {
+        for (int line = 0; far && line < TILE; line++) {
             _mm_prefetch((const char *)(rows + CELLS + line * GROUP), _MM_HINT_T0);
             _mm_prefetch((const char *)(rows + next + CELLS + line * GROUP), _MM_HINT_T0);
         }
@@ -88,12 +88,13 @@ INLINE void multiply_strip(const uint16_t *rows, const uint16_t *weights, int32_
 
 /* The sums of num_rows rows, with room for 32, to rows out_stride apart. Tile loads and stores do
  * not say what they touch. */
-static void multiply_tiles(const uint16_t *rows, const uint16_t *weights, int32_t num_groups,
-                           int64_t next, int64_t num_rows, float *out, int64_t out_stride) {
+INLINE void multiply_tiles(const uint16_t *rows, const uint16_t *weights, int32_t num_groups,
+                           int64_t next, const int far, int64_t num_rows, float *out,
+                           int64_t out_stride) {
     const int64_t out_bytes = out_stride * (int64_t)sizeof(float);
     __asm__ volatile("" ::: "memory");
     if (num_rows > TILE)
-        multiply_square(rows, weights, num_groups, next, out, out_bytes);
+        multiply_square(rows, weights, num_groups, next, far, out, out_bytes);
     else
         multiply_strip(rows, weights, num_groups, next, out, out_bytes);
     __asm__ volatile("" ::: "memory");

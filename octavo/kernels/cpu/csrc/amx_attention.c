@@ -13,20 +13,20 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define SPAN 256
+#define SPAN 256 /* keys */
 #define SPAN_GROUPS (SPAN / GROUP)
 #define MAX_ROWS (MAX_PROMPT_FLOATS / GROUP)
-#define BLOCK_PART 8 /* keys that lie side by side in blocks of any size */
+#define WIDTH ((int64_t)sizeof(uint16_t)) /* of the cache's numbers */
 
 typedef struct {
-    uint16_t rows[MAX_PROMPT_FLOATS];      /* [rows / TILE][groups][TILE][GROUP] */
-    uint16_t keys[SPAN * MAX_HEAD_DIM];    /* [SPAN / TILE][groups][GROUP / 2][TILE][2] */
-    uint16_t values[SPAN * MAX_HEAD_DIM];  /* [dims / TILE][SPAN_GROUPS][GROUP / 2][TILE][2] */
-    uint16_t weights[SQUARE * SPAN];       /* [2][SPAN_GROUPS][TILE][GROUP] */
-    float scores[SQUARE * SPAN];           /* [SQUARE][SPAN] */
-    float sums[MAX_PROMPT_FLOATS];         /* [rows][dims]: of values times weights */
-    float totals[MAX_ROWS * TILE];         /* [rows]: of weights, in TILE parts */
-    float most[MAX_ROWS];                  /* of each row's scores */
+    uint16_t rows[MAX_PROMPT_FLOATS];     /* [rows / TILE][groups][TILE][GROUP] */
+    uint16_t keys[SPAN * MAX_HEAD_DIM];   /* [SPAN / TILE][groups][GROUP / 2][TILE][2] */
+    uint16_t values[SPAN * MAX_HEAD_DIM]; /* [dims / TILE][SPAN_GROUPS][GROUP / 2][TILE][2] */
+    uint16_t weights[SQUARE * SPAN];      /* [2][SPAN_GROUPS][TILE][GROUP] */
+    float scores[SQUARE * SPAN];          /* [SQUARE][SPAN] */
+    float sums[MAX_PROMPT_FLOATS];        /* [rows][dims]: of values times weights */
+    float totals[MAX_ROWS * TILE];        /* [rows]: of weights, in TILE parts */
+    float most[MAX_ROWS];                 /* of each row's scores */
 } workspace;
 
 /* An item, and the span at hand: its first key's position, and how many keys it has. */
@@ -35,7 +35,8 @@ typedef struct {
     const batch *b;
     const attention_item *item;
     workspace *w;
-    int32_t group, num_rows, num_groups; /* heads per KV head; groups of a row */
+    int32_t heads, num_rows; /* heads that share the KV head */
+    int32_t groups, dims;    /* head_dim in whole groups */
     int32_t first, num_keys;
 } work;
 
@@ -47,124 +48,120 @@ static workspace *own_workspace(void) {
 }
 
 INLINE __m512 load_8_and_8(const int type, const uint8_t *low, const uint8_t *high) {
-    __m256i halves = _mm256_inserti128_si256(
-        _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)low)),
-        _mm_loadu_si128((const __m128i *)high), 1);
-    if (type == FLOAT16) return _mm512_cvtph_ps(halves);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    const __m128i first = _mm_loadu_si128((const __m128i *)low);
+    const __m128i second = _mm_loadu_si128((const __m128i *)high);
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
+    if (type == FLOAT16) return _mm512_cvtph_ps(both);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(both), 16));
 }
 
-/* Element i of the one beside element i of the other. */
+/* Each element of the one beside its counterpart. */
 INLINE __m512i pairs_as_bfloats(__m512 one, __m512 other) {
-    const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
-                                           8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i turns =
+        _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                         21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(turns, two_as_bfloats(one, other));
 }
 
-/* 2^x; 2^0 is 1 exactly, 2^-inf is 0. Within 3e-6 of itself. */
+/* 2^x to 3e-6 of it, 2^0 exactly; 0 below 2^-126: smaller floats are slow. */
 INLINE __m512 power_of_2(__m512 x) {
+    const __mmask16 some = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_NLT_UQ);
     __m512 rest = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     __m512 p = _mm512_set1_ps(0.013426686f);
     p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.052242473f));
     p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.241280213f));
     p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(0.693044841f));
     p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, x);
+    return _mm512_maskz_scalef_ps(some, p, x);
 }
 
-/* Where a position lies in a cache of this type's blocks of one KV head. */
-static const uint8_t *block_of(const work *k, const uint8_t *cache, int32_t position) {
-    const batch *b = k->b;
-    int64_t block = b->block_tables[k->item->seq * b->table_stride + position / b->block_size];
-    int64_t size = (int64_t)b->block_size * k->a->head_dim * sizeof(uint16_t);
-    return cache + (block * k->a->num_kv_heads + k->item->kv_head) * size;
+/* cap * tanh(x / 2 * ln 2) / ln 2 */
+INLINE __m512 capped(__m512 x, float cap) {
+    const __m512 one = _mm512_set1_ps(1), sign = _mm512_and_ps(x, _mm512_set1_ps(-0.0f));
+    __m512 e = power_of_2(_mm512_or_ps(x, _mm512_set1_ps(-0.0f)));
+    __m512 tanh = _mm512_div_ps(_mm512_sub_ps(one, e), _mm512_add_ps(one, e));
+    return _mm512_mul_ps(_mm512_or_ps(tanh, sign), _mm512_set1_ps(cap * (float)M_LOG2E));
 }
 
-/* Those of keys beyond the last are any. */
-INLINE void narrow_keys(const int type, const work *k) {
-    const int32_t head_dim = k->a->head_dim, block_size = k->b->block_size;
-    const int64_t stride = block_size * (int64_t)sizeof(uint16_t);
-    for (int32_t key = 0; key < k->num_keys; key += TILE) {
-        const int32_t at = k->first + key, next = key + BLOCK_PART < k->num_keys ? at + BLOCK_PART : at;
-        const uint8_t *low = block_of(k, k->a->k, at) + at % block_size * sizeof(uint16_t);
-        const uint8_t *high = block_of(k, k->a->k, next) + next % block_size * sizeof(uint16_t);
-        uint16_t *to = k->w->keys + key / TILE * k->num_groups * CELLS;
-        for (int32_t d = 0; d < head_dim; d += 2, to += GROUP, low += 2 * stride, high += 2 * stride)
-            _mm512_storeu_si512(to, pairs_as_bfloats(load_8_and_8(type, low, high),
-                                                     load_8_and_8(type, low + stride, high + stride)));
-        for (int32_t d = head_dim; d < k->num_groups * GROUP; d += 2, to += GROUP)
-            _mm512_storeu_si512(to, _mm512_setzero_si512());
+/* Queries, times what makes their scores exponents of 2, or what `capped` takes. */
+static void narrow_rows(const work *k) {
+    const attention *a = k->a;
+    const float log = a->softcap > 0 ? 2 * (float)M_LOG2E / a->softcap : (float)M_LOG2E;
+    const __m512 factor = _mm512_set1_ps(a->scale * log);
+    for (int32_t row = 0; row < k->num_rows; row++) {
+        const int64_t token = k->item->token + row / k->heads;
+        const int32_t head = k->item->kv_head * k->heads + row % k->heads;
+        const float *from = a->query + token * a->query_stride + head * a->head_dim;
+        uint16_t *to = k->w->rows + row / TILE * k->dims * TILE + row % TILE * GROUP;
+        for (int32_t d = 0; d < a->head_dim; d += GROUP, to += CELLS) {
+            const __mmask16 rest = d + TILE < a->head_dim ? 0xffff : 0;
+            __m512 x = _mm512_mul_ps(_mm512_loadu_ps(from + d), factor);
+            __m512 y = _mm512_mul_ps(_mm512_maskz_loadu_ps(rest, from + d + TILE), factor);
+            _mm512_storeu_si512(to, two_as_bfloats(x, y));
+        }
     }
 }
 
-/* Those beyond the last are 0, up to a whole group: nobody knows what lies there in the cache. */
+/* The block of one KV head in which a position lies. */
+static const uint8_t *block_of(const work *k, const uint8_t *cache, int32_t position) {
+    const int32_t *table = k->b->block_tables + k->item->seq * k->b->table_stride;
+    const int64_t size = k->b->block_size * k->a->head_dim * WIDTH;
+    const int64_t block = table[position / k->b->block_size];
+    return cache + (block * k->a->num_kv_heads + k->item->kv_head) * size;
+}
+
+/* 8 keys lie side by side in blocks of any size. Those beyond the last are any. */
+INLINE void narrow_keys(const int type, const work *k) {
+    const int32_t block_size = k->b->block_size;
+    const int64_t stride = block_size * WIDTH;
+    for (int32_t key = 0; key < k->num_keys; key += TILE) {
+        const int32_t at = k->first + key, next = key + 8 < k->num_keys ? at + 8 : at;
+        const uint8_t *low = block_of(k, k->a->k, at) + at % block_size * WIDTH;
+        const uint8_t *high = block_of(k, k->a->k, next) + next % block_size * WIDTH;
+        uint16_t *to = k->w->keys + key * k->dims;
+        for (int32_t d = 0; d < k->dims; d += 2, to += GROUP) {
+            __m512i pairs = _mm512_setzero_si512();
+            if (d < k->a->head_dim)
+                pairs = pairs_as_bfloats(
+                    load_8_and_8(type, low + d * stride, high + d * stride),
+                    load_8_and_8(type, low + (d + 1) * stride, high + (d + 1) * stride));
+            _mm512_storeu_si512(to, pairs);
+        }
+    }
+}
+
+/* Beyond the last there are zeros, up to a whole group: nobody knows what lies there in the cache. */
 INLINE void narrow_values(const int type, const work *k) {
     const int32_t head_dim = k->a->head_dim, block_size = k->b->block_size;
+    const int64_t row_bytes = head_dim * WIDTH;
     for (int32_t key = 0; key < divide_up(k->num_keys, GROUP) * GROUP; key += 2) {
-        const int32_t at = k->first + key;
-        const __mmask16 one = key < k->num_keys ? 0xffff : 0;
-        const __mmask16 other = key + 1 < k->num_keys ? 0xffff : 0;
-        const uint8_t *from = one ? block_of(k, k->a->v, at) + at % block_size * head_dim * sizeof(uint16_t) : NULL;
+        const int32_t at = k->first + least(key, k->num_keys - 1);
+        const uint8_t *one = block_of(k, k->a->v, at) + at % block_size * row_bytes;
+        const uint8_t *other = one + row_bytes;
         uint16_t *to = k->w->values + key / GROUP * CELLS + key % GROUP / 2 * GROUP;
         for (int32_t d = 0; d < head_dim; d += TILE, to += SPAN_GROUPS * CELLS) {
             __m512 x = _mm512_setzero_ps(), y = x;
-            const uint8_t *p = from + d * sizeof(uint16_t), *q = p + head_dim * sizeof(uint16_t);
-            if (one) x = load_8_and_8(type, p, p + 16);
-            if (other) y = load_8_and_8(type, q, q + 16);
+            if (key < k->num_keys) x = load_8_and_8(type, one + d * WIDTH, one + (d + 8) * WIDTH);
+            if (key + 1 < k->num_keys)
+                y = load_8_and_8(type, other + d * WIDTH, other + (d + 8) * WIDTH);
             _mm512_storeu_si512(to, pairs_as_bfloats(x, y));
         }
     }
 }
 
-/* Queries times `factor`. */
-static void narrow_rows(const work *k, float factor) {
-    const int32_t head_dim = k->a->head_dim;
-    for (int32_t row = 0; row < k->num_rows; row++) {
-        const int32_t head = k->item->kv_head * k->group + row % k->group;
-        const float *from = k->a->query + head * head_dim +
-                            (k->item->token + row / k->group) * k->a->query_stride;
-        uint16_t *to = k->w->rows + row / TILE * k->num_groups * CELLS + row % TILE * GROUP;
-        for (int32_t d = 0; d < head_dim; d += GROUP, to += CELLS) {
-            const __mmask16 rest = d + TILE < head_dim ? 0xffff : 0;
-            __m512 x = _mm512_loadu_ps(from + d), y = _mm512_maskz_loadu_ps(rest, from + d + TILE);
-            _mm512_storeu_si512(to, two_as_bfloats(_mm512_mul_ps(x, _mm512_set1_ps(factor)),
-                                                   _mm512_mul_ps(y, _mm512_set1_ps(factor))));
-        }
+/* Scores of keys outside [hidden, visible) become -inf. */
+INLINE void hide(float *scores, int32_t from, int32_t to, int32_t hidden, int32_t visible) {
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (int32_t key = from; key < to; key += TILE) {
+        const __m512i keys = _mm512_add_epi32(_mm512_set1_epi32(key), lanes);
+        const __mmask16 seen = _mm512_cmplt_epi32_mask(keys, _mm512_set1_epi32(visible)) &
+                               _mm512_cmpge_epi32_mask(keys, _mm512_set1_epi32(hidden));
+        const __m512 never = _mm512_set1_ps(-INFINITY);
+        _mm512_storeu_ps(scores + key, _mm512_mask_loadu_ps(never, seen, scores + key));
     }
 }
 
-/* cap * tanh(x) / ln 2 */
-INLINE __m512 capped(__m512 x, float cap) {
-    const __m512 one = _mm512_set1_ps(1);
-    __m512 e = power_of_2(_mm512_mul_ps(x, _mm512_set1_ps(-2 * (float)M_LOG2E)));
-    __m512 tanh = _mm512_div_ps(_mm512_sub_ps(one, e), _mm512_add_ps(one, e));
-    return _mm512_mul_ps(tanh, _mm512_set1_ps(cap * (float)M_LOG2E));
-}
-
-/* A row's scores of keys [from, to) of a span, of which it sees [hidden, visible): those that it
- * does not see become -inf. Gives the largest. */
-INLINE float largest(float *scores, int32_t from, int32_t to, int32_t hidden, int32_t visible,
-                     float softcap) {
-    const __m512 never = _mm512_set1_ps(-INFINITY);
-    __m512 top = never;
-    if (softcap > 0)
-        for (int32_t key = from; key < to; key += TILE)
-            _mm512_storeu_ps(scores + key, capped(_mm512_loadu_ps(scores + key), softcap));
-    if (hidden > from || visible < to)
-        for (int32_t key = from; key < to; key += TILE) {
-            const __m512i keys = _mm512_add_epi32(
-                _mm512_set1_epi32(key),
-                _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-            const __mmask16 seen = _mm512_cmplt_epi32_mask(keys, _mm512_set1_epi32(visible)) &
-                                   _mm512_cmpge_epi32_mask(keys, _mm512_set1_epi32(hidden));
-            _mm512_storeu_ps(scores + key, _mm512_mask_loadu_ps(never, seen, scores + key));
-        }
-    for (int32_t key = from; key < to; key += TILE) /* a score that is no number leaves it alone */
-        top = _mm512_max_ps(_mm512_loadu_ps(scores + key), top);
-    return _mm512_reduce_max_ps(top);
-}
-
-/* Scores less `base` become weights in tiles. Gives their sum, once rounded, in parts. */
+/* Less `base`, scores become weights in tiles. Gives the sum of these as they are there, in parts. */
 INLINE __m512 soften(const float *scores, int32_t from, int32_t to, float base, uint16_t *weights) {
     const __m512i ones = _mm512_set1_epi16(0x3f80);
     __m512 sum = _mm512_setzero_ps();
@@ -178,48 +175,69 @@ INLINE __m512 soften(const float *scores, int32_t from, int32_t to, float base, 
     return sum;
 }
 
-/* Rows [row, row + num) with keys [from, to) of the span, whole groups. */
-static void attend_square(const work *k, int32_t row, int32_t num, int32_t from, int32_t to) {
-    workspace *w = k->w;
-    const int32_t dims = k->num_groups * GROUP, window = k->a->window;
-    const int64_t key_tiles = (int64_t)k->num_groups * CELLS;
-    float most[SQUARE] = {0}, shrink[SQUARE], added[SQUARE * SQUARE] __attribute__((aligned(64)));
-    for (int32_t key = from; key < to; key += GROUP)
-        multiply_tiles(w->rows + row / TILE * key_tiles, w->keys + key / TILE * key_tiles,
-                       k->num_groups, key_tiles, num, w->scores + key, SPAN);
+/* Scores of rows [row, row + num) and of keys [from, to) of the span; gives the largest of each. */
+static void score_square(const work *k, int32_t row, int32_t num, int32_t from, int32_t to,
+                         float *largest) {
+    const int32_t window = k->a->window, position = k->item->position - k->first;
+    for (int32_t key = from; key < to; key += SQUARE)
+        multiply_tiles(k->w->rows + row * k->dims, k->w->keys + key * k->dims, k->groups,
+                       TILE * k->dims, 0, num, k->w->scores + key, SPAN);
     for (int32_t r = 0; r < num; r++) {
-        int32_t visible = k->item->position + (row + r) / k->group + 1 - k->first;
-        int32_t hidden = window ? visible - window : 0;
-        most[r] = largest(w->scores + r * SPAN, from, to, hidden, visible, k->a->softcap);
+        float *scores = k->w->scores + r * SPAN;
+        const int32_t visible = position + (row + r) / k->heads + 1;
+        const int32_t hidden = window ? visible - window : 0;
+        __m512 top = _mm512_set1_ps(-INFINITY);
+        for (int32_t key = from; k->a->softcap > 0 && key < to; key += TILE)
+            _mm512_storeu_ps(scores + key, capped(_mm512_loadu_ps(scores + key), k->a->softcap));
+        if (hidden > from || visible < to) hide(scores, from, to, hidden, visible);
+        for (int32_t key = from; key < to; key += TILE) /* passes over what is no number */
+            top = _mm512_max_ps(_mm512_loadu_ps(scores + key), top);
+        largest[r] = _mm512_reduce_max_ps(top);
     }
-    for (int32_t r = 0; r < SQUARE; r += TILE) {
-        __m512 before = _mm512_loadu_ps(w->most + row + r);
-        __m512 now = _mm512_max_ps(before, _mm512_loadu_ps(most + r));
-        _mm512_storeu_ps(w->most + row + r, now);
-        now = _mm512_max_ps(now, _mm512_set1_ps(-FLT_MAX)); /* -inf less itself is no number */
-        _mm512_storeu_ps(most + r, now);
-        _mm512_storeu_ps(shrink + r, power_of_2(_mm512_sub_ps(before, now)));
-    }
-    for (int32_t r = 0; r < num; r++) {
-        float *total = w->totals + (row + r) * TILE;
-        uint16_t *weights = w->weights + r / TILE * SPAN_GROUPS * CELLS + r % TILE * GROUP;
-        __m512 sum = soften(w->scores + r * SPAN, from, to, most[r], weights);
-        _mm512_storeu_ps(total, _mm512_fmadd_ps(_mm512_loadu_ps(total), _mm512_set1_ps(shrink[r]), sum));
-    }
-    for (int32_t d = 0; d < dims; d += SQUARE) {
-        const int32_t skip = from / GROUP * CELLS;
-        multiply_tiles(w->weights + skip, w->values + d / TILE * SPAN_GROUPS * CELLS + skip,
-                       (to - from) / GROUP, SPAN_GROUPS * CELLS, num, added, SQUARE);
+}
+
+/* Add the span's weighted values, of keys [from, to), to those before it, times `shrink`. */
+static void add_square(const work *k, int32_t row, int32_t num, int32_t from, int32_t to,
+                       const float *shrink) {
+    float added[SQUARE * SQUARE] __attribute__((aligned(64)));
+    for (int32_t d = 0; d < k->dims; d += SQUARE) {
+        multiply_tiles(k->w->weights + from * TILE, k->w->values + d * SPAN + from * TILE,
+                       (to - from) / GROUP, SPAN * TILE, 0, num, added, SQUARE);
         for (int32_t r = 0; r < num; r++)
             for (int32_t i = 0; i < SQUARE; i += TILE) {
-                float *sums = w->sums + (row + r) * dims + d + i;
-                _mm512_storeu_ps(sums, _mm512_fmadd_ps(_mm512_loadu_ps(sums), _mm512_set1_ps(shrink[r]),
-                                                       _mm512_loadu_ps(added + r * SQUARE + i)));
+                float *sums = k->w->sums + (row + r) * k->dims + d + i;
+                __m512 before = _mm512_loadu_ps(sums);
+                __m512 more = _mm512_loadu_ps(added + r * SQUARE + i);
+                _mm512_storeu_ps(sums, _mm512_fmadd_ps(before, _mm512_set1_ps(shrink[r]), more));
             }
     }
 }
 
+/* Rows [row, row + num), at most 32, and keys [from, to) of the span, whole groups. */
+static void attend_square(const work *k, int32_t row, int32_t num, int32_t from, int32_t to) {
+    float base[SQUARE] = {0}, shrink[SQUARE];
+    score_square(k, row, num, from, to, base);
+    for (int32_t r = 0; r < SQUARE; r += TILE) {
+        float *most = k->w->most + row + r;
+        __m512 before = _mm512_loadu_ps(most), now = _mm512_loadu_ps(base + r);
+        now = _mm512_max_ps(before, now);
+        _mm512_storeu_ps(most, now);
+        now = _mm512_max_ps(now, _mm512_set1_ps(-FLT_MAX)); /* -inf less itself is no number */
+        _mm512_storeu_ps(base + r, now);
+        _mm512_storeu_ps(shrink + r, power_of_2(_mm512_sub_ps(before, now)));
+    }
+    for (int32_t r = 0; r < num; r++) {
+        float *totals = k->w->totals + (row + r) * TILE;
+        uint16_t *weights = k->w->weights + r / TILE * SPAN * TILE + r % TILE * GROUP;
+        __m512 sum = soften(k->w->scores + r * SPAN, from, to, base[r], weights);
+        sum = _mm512_fmadd_ps(_mm512_loadu_ps(totals), _mm512_set1_ps(shrink[r]), sum);
+        _mm512_storeu_ps(totals, sum);
+    }
+    add_square(k, row, num, from, to, shrink);
+}
+
 static void attend_span(const work *k) {
+    const int32_t position = k->item->position - k->first, window = k->a->window;
     if (k->a->kv_type == FLOAT16) {
         narrow_keys(FLOAT16, k);
         narrow_values(FLOAT16, k);
@@ -228,40 +246,43 @@ static void attend_span(const work *k) {
         narrow_values(BFLOAT16, k);
     }
     for (int32_t row = 0; row < k->num_rows; row += SQUARE) {
-        int32_t num = least(SQUARE, k->num_rows - row), position = k->item->position - k->first;
-        int32_t to = least(position + (row + num - 1) / k->group + 1, k->num_keys);
-        int32_t from = k->a->window ? position + row / k->group + 1 - k->a->window : 0;
+        const int32_t num = least(SQUARE, k->num_rows - row);
+        int32_t to = least(position + (row + num - 1) / k->heads + 1, k->num_keys);
+        int32_t from = window ? position + row / k->heads + 1 - window : 0;
         if (from < 0) from = 0;
-        if (from < to)
-            attend_square(k, row, num, from / GROUP * GROUP, (int32_t)divide_up(to, GROUP) * GROUP);
+        to = (int32_t)divide_up(to, GROUP) * GROUP;
+        if (from < to) attend_square(k, row, num, from / GROUP * GROUP, to);
     }
 }
 
 static void finish_rows(const work *k) {
-    const int32_t head_dim = k->a->head_dim, dims = k->num_groups * GROUP;
+    const attention *a = k->a;
     for (int32_t row = 0; row < k->num_rows; row++) {
-        int64_t token = k->item->token + row / k->group;
-        int64_t head = token * k->a->num_heads + k->item->kv_head * k->group + row % k->group;
-        float *out = k->a->output + head * head_dim;
-        const float *sums = k->w->sums + row * dims;
-        __m512 inverse = _mm512_set1_ps(
-            1 / _mm512_reduce_add_ps(_mm512_loadu_ps(k->w->totals + row * TILE)));
-        for (int32_t d = 0; d < head_dim; d += TILE) /* -0, which zeros added later would make 0, is 0 */
-            _mm512_storeu_ps(out + d, _mm512_fmadd_ps(_mm512_loadu_ps(sums + d), inverse, _mm512_setzero_ps()));
+        const int64_t token = k->item->token + row / k->heads;
+        const int64_t head = token * a->num_heads + k->item->kv_head * k->heads + row % k->heads;
+        const float total = _mm512_reduce_add_ps(_mm512_loadu_ps(k->w->totals + row * TILE));
+        const __m512 part = _mm512_set1_ps(1 / total), zero = _mm512_setzero_ps();
+        for (int32_t d = 0; d < a->head_dim; d += TILE) {
+            /* + 0: whether -0 has become 0 depends on how many zeros were added to it. */
+            __m512 sum = _mm512_loadu_ps(k->w->sums + row * k->dims + d);
+            _mm512_storeu_ps(a->output + head * a->head_dim + d, _mm512_fmadd_ps(sum, part, zero));
+        }
     }
 }
 
 void attend_tiles(const attention *a, const batch *b, const attention_item *item) {
     work k = {.a = a, .b = b, .item = item, .w = own_workspace()};
-    k.group = a->num_heads / a->num_kv_heads;
-    k.num_rows = item->num_queries * k.group;
-    k.num_groups = (int32_t)divide_up(a->head_dim, GROUP);
-    narrow_rows(&k, (a->softcap > 0 ? 1 / a->softcap : (float)M_LOG2E) * a->scale);
-    memset(k.w->sums, 0, sizeof(float) * k.num_rows * k.num_groups * GROUP);
+    k.heads = a->num_heads / a->num_kv_heads;
+    k.num_rows = item->num_queries * k.heads;
+    k.groups = (int32_t)divide_up(a->head_dim, GROUP);
+    k.dims = k.groups * GROUP;
+    narrow_rows(&k);
+    memset(k.w->sums, 0, sizeof(float) * k.num_rows * k.dims);
     memset(k.w->totals, 0, sizeof(float) * k.num_rows * TILE);
-    for (int32_t row = 0; row < divide_up(k.num_rows, SQUARE) * SQUARE; row++)
+    for (int32_t row = 0; row < k.num_rows + SQUARE && row < MAX_ROWS; row++)
         k.w->most[row] = -INFINITY;
-    const int32_t end = item->position + item->num_queries, low = item->position + 1 - a->window;
+    const int32_t end = item->position + item->num_queries;
+    const int32_t low = item->position + 1 - a->window;
     configure_tiles();
     for (k.first = a->window && low > 0 ? low / SPAN * SPAN : 0; k.first < end; k.first += SPAN) {
         k.num_keys = least(SPAN, end - k.first);

@@ -83,18 +83,22 @@ static int32_t add_items(const attention *a, attention_item *items, attention_it
     return num;
 }
 
-/* Items of one sequence's queries of its prompt. */
+/* Items of one sequence's queries of its prompt, of about the same size, the longest sums first. */
 static int32_t add_tile_items(const attention *a, attention_item *items, attention_item base,
-                              int32_t num_queries, int32_t position) {
+                              int32_t num_queries, int32_t position, int32_t num_seqs) {
     int32_t group = a->num_heads / a->num_kv_heads, num = 0;
     int32_t row_floats = (int32_t)divide_up(a->head_dim, GROUP) * GROUP;
     int32_t most = MAX_PROMPT_FLOATS / row_floats / (2 * TILE) * (2 * TILE) / group;
-    for (int32_t end = num_queries; end > 0; end -= most) { /* the longest first */
-        int32_t q = end > most ? end - most : 0;
-        for (base.kv_head = 0; base.kv_head < a->num_kv_heads; base.kv_head++) {
-            attention_item item = base;
-            item.token = base.token + q, item.position = position + q, item.num_queries = end - q;
-            items[num++] = item;
+    /* Few heads and many threads: items of fewer rows, so that all have something to do. */
+    int64_t wanted = divide_up(4 * (int64_t)pool_threads(), (int64_t)a->num_kv_heads * num_seqs);
+    int64_t parts = divide_up(num_queries, most);
+    if (parts < wanted) parts = least(wanted, divide_up(num_queries * group, 2 * TILE));
+    for (int64_t part = parts; part-- > 0;) {
+        int32_t from = (int32_t)(num_queries * part / parts);
+        base.num_queries = (int32_t)(num_queries * (part + 1) / parts) - from;
+        for (base.kv_head = 0; base.kv_head < a->num_kv_heads; base.kv_head++, num++) {
+            items[num] = base;
+            items[num].token += from, items[num].position = position + from;
         }
     }
     return num;
@@ -129,7 +133,7 @@ void attend_batch(const attention *a, const batch *b, const float *key, int64_t 
         while (has_tiles && b->role_ends[role] <= token) role++;
         int32_t num_prompt = role % 2 ? least(b->query_lens[i], b->role_ends[role] - token) : 0;
         c.num_items += add_tile_items(a, c.items + c.num_items, base, num_prompt,
-                                      b->seq_lens[i] - b->query_lens[i]);
+                                      b->seq_lens[i] - b->query_lens[i], b->num_seqs);
         int32_t num_queries = b->query_lens[i] - num_prompt;
         int32_t split = num_queries == 1 && b->seq_lens[i] > SEGMENT;
         int32_t heads = num_queries == 1 ? together : 1;
