@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.paged import PagedCache
 
@@ -233,9 +233,31 @@ def test_sharp_prompts_in_tiles(amx, softcap):
         torch.testing.assert_close(got, expected, atol=0.02, rtol=0.02)
 
 
+def test_what_is_no_number_stays_in_its_row(amx):
+    """Of a prompt in tiles: a query's only its own, a key's those that see it."""
+    spec, num, bad = SPECS["gqa"], 90, 40
+
+    def run(broken):
+        rows = qkv_of(0, 15, 64)[:num].clone()
+        rows[bad, broken] = torch.nan
+        run = Run(get_backend("native"), spec, dtype=torch.float16, prompt_lens=PROMPTS)
+        run.tokens = lambda *_: rows
+        run.step([(0, num)])
+        return run.output(0)
+
+    expected, query, key = run([]), run([4]), run([10])  # head 4 shares the key of head 10 - 9
+    is_nan = torch.zeros(num, 9, 1, dtype=torch.bool)
+    is_nan[bad, 4] = True
+    assert torch.equal(query.isnan(), is_nan.expand(-1, -1, 64))
+    assert torch.equal(query[~is_nan[..., 0]], expected[~is_nan[..., 0]])
+    is_nan[bad:, 3:6] = True
+    assert torch.equal(key.isnan(), is_nan.expand(-1, -1, 64))
+    assert torch.equal(key[~is_nan[..., 0]], expected[~is_nan[..., 0]])
+
+
 @pytest.mark.parametrize("num_threads", [1, 2, 40])  # which say how prompts are divided
 @settings(
-    max_examples=12,
+    max_examples=20,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # it sets what each example sets
 )
@@ -246,6 +268,7 @@ def test_sharp_prompts_in_tiles(amx, softcap):
     prompt_len=st.integers(1, 640),
     prefix=st.sampled_from([0, 0, 31, 290]),
 )
+@example("window", torch.float16, [100], 640, 0)  # items that begin amid what others sum up at once
 def test_cuts_and_neighbours_change_no_bit_of_a_prompt(
     amx, num_threads, name, dtype, cuts, prompt_len, prefix
 ):
