@@ -24,6 +24,7 @@ SPECS = {
     "mha": AttentionSpec(num_heads=2, num_kv_heads=2, head_dim=16, scale=0.4),
     "mqa-wide": AttentionSpec(num_heads=4, num_kv_heads=1, head_dim=256, scale=0.05),
     "odd": AttentionSpec(num_heads=5, num_kv_heads=1, head_dim=80, scale=0.1),
+    "one-key-for-all": AttentionSpec(num_heads=40, num_kv_heads=1, head_dim=16, scale=0.25),
     "window": AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=32, scale=0.2, sliding_window=37),
     "wide-window": AttentionSpec(
         num_heads=4, num_kv_heads=2, head_dim=32, scale=0.2, sliding_window=700
