@@ -5,7 +5,8 @@ an online softmax in float32. Within a block they lie in an order of their own, 
 keys dimension by dimension (csrc/native.h), so that neither has to be shuffled. A long sequence is
 summed up in segments of fixed length that are merged in order, so that threads can share it; a
 token's result depends on its own sequence alone, bit for bit, whatever the batch and however its
-prompt was cut into chunks (as long as its values are finite).
+prompt was cut into chunks (as long as its values are finite). On AMX, prompts attend in tiles of
+bfloat16 unless the cache is in float32 (docs/decisions/0012).
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def role_ends(batch: AttentionBatch) -> list[int]:
     those from there to the second are of prompts, and so on in turns. Where nobody knows prompts,
     all were generated.
 
-    A query's role follows from its position alone: it decides how matrices are multiplied with it,
-    and so its bits.
+    A query's role follows from its position alone: it decides how matrices are multiplied with it
+    and how it attends, and so its bits.
     """
     ends = [0]
     prompt_lens = batch.prompt_lens or (0,) * len(batch.query_lens)

@@ -1,33 +1,14 @@
 /* Prompts on AMX: weights are widened to bfloat16 once for a block of rows, and all of a row's sums
  * stay in tiles from its first input to its last. A tile product gives each of its rows the same
  * bits whatever the others are. */
-#include "native.h"
+#include "amx.h"
 
-#if defined(__x86_64__) && defined(__linux__) && !defined(OLD_ASSEMBLER) && \
-    ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
-#if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c," \
-                          "amx-tile,amx-bf16"))), \
-    apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c,amx-tile,amx-bf16")
-#endif
+#if defined(HAS_TILES)
 #include <cpuid.h>
-#include <immintrin.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#define INLINE static inline __attribute__((always_inline))
-#define CELLS (TILE * GROUP) /* bfloat16s of a tile */
-#define STRIDE (GROUP * sizeof(uint16_t))
-#define SQUARE (2 * TILE) /* rows and outputs whose sums fill four tiles */
-
-static __m512i two_as_bfloats(__m512 first, __m512 second) {
-    return (__m512i)_mm512_cvtne2ps_pbh(second, first);
-}
 
 static void narrow_tile_rows(const float *x, int64_t x_stride, int32_t num_rows,
                              int32_t in_features, uint16_t *to) {
@@ -114,53 +95,6 @@ static void widen(const matrix *m, int32_t panel, uint16_t *to) {
         widen_panel(Q4_0, from, m->num_groups, to);
 }
 
-/* 32 rows of 32 outputs, to rows that lie `out_bytes` apart. Those of the second tiles, and their
- * weights, lie `next` after those of the first; rows to come are fetched ahead. Tile loads cost as
- * much as products, so each is used twice. */
-static void multiply_square(const uint16_t *rows, const uint16_t *weights, int32_t num_groups,
-                            int64_t next, float *out, int64_t out_bytes) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int32_t g = 0; g < num_groups; g++, rows += CELLS, weights += CELLS) {
-#pragma GCC unroll 16
-        for (int line = 0; line < TILE; line++) {
-            _mm_prefetch((const char *)(rows + CELLS + line * GROUP), _MM_HINT_T0);
-            _mm_prefetch((const char *)(rows + next + CELLS + line * GROUP), _MM_HINT_T0);
-        }
-        _tile_loadd(4, rows, STRIDE);
-        _tile_loadd(5, rows + next, STRIDE);
-        _tile_loadd(6, weights, STRIDE);
-        _tile_loadd(7, weights + next, STRIDE);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-    float *lower = (float *)((char *)out + TILE * out_bytes);
-    _tile_stored(0, out, out_bytes);
-    _tile_stored(1, out + TILE, out_bytes);
-    _tile_stored(2, lower, out_bytes);
-    _tile_stored(3, lower + TILE, out_bytes);
-}
-
-/* The upper 16 rows of it. */
-static void multiply_strip(const uint16_t *rows, const uint16_t *weights, int32_t num_groups,
-                           int64_t next, float *out, int64_t out_bytes) {
-    _tile_zero(0);
-    _tile_zero(1);
-    for (int32_t g = 0; g < num_groups; g++, rows += CELLS, weights += CELLS) {
-        _tile_loadd(4, rows, STRIDE);
-        _tile_loadd(6, weights, STRIDE);
-        _tile_loadd(7, weights + next, STRIDE);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-    }
-    _tile_stored(0, out, out_bytes);
-    _tile_stored(1, out + TILE, out_bytes);
-}
-
 /* Those of a square's sums that are somebody's, with the bias, to where they belong. */
 static void put(const float *square, const float *bias, float *out, int64_t out_stride,
                 int64_t num_rows, int32_t num_outputs) {
@@ -202,11 +136,8 @@ static void multiply_pair(const matrix *m, const uint16_t *tiles, int64_t row_be
         const int64_t num_rows = least(row_end - row, SQUARE);
         const int is_whole = !bias && num_rows == SQUARE && num_outputs >= SQUARE;
         float *to = is_whole ? out + row * out_stride : square;
-        __asm__ volatile("" ::: "memory"); /* tile loads do not say what they read */
-        (num_rows > TILE ? multiply_square : multiply_strip)(
-            rows, weights, m->num_groups, next, to,
-            (is_whole ? out_stride : SQUARE) * (int64_t)sizeof(float));
-        __asm__ volatile("" ::: "memory");
+        multiply_tiles(rows, weights, m->num_groups, next, 1, num_rows, to,
+                       is_whole ? out_stride : SQUARE);
         if (!is_whole)
             put(square, bias ? bias + column : NULL, out + row * out_stride, out_stride, num_rows,
                 num_outputs);
@@ -216,22 +147,12 @@ static void multiply_pair(const matrix *m, const uint16_t *tiles, int64_t row_be
 static void linear_tiles(const matrix *m, const uint16_t *tiles, int64_t row_begin, int64_t row_end,
                          const float *bias, float *out, int64_t out_stride, int32_t pair_begin,
                          int32_t pair_end) {
-    struct {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } config = {.palette = 1};
-    for (int t = 0; t < 8; t++) config.row_bytes[t] = STRIDE, config.rows[t] = TILE;
-    /* GCC 11 and 12 take it that only the first 8 bytes are read. */
-    __asm__ volatile("" ::"r"(&config) : "memory");
-    _tile_loadconfig(&config);
+    configure_tiles();
     for (int32_t pair = pair_begin; pair < pair_end; pair++)
         multiply_pair(m, tiles, row_begin, row_end, bias, out, out_stride, pair);
-    _tile_release(); /* or every switch of threads saves 8 KB */
+    _tile_release();
 }
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
+TILES_END
 
 #define REQUEST_PERMISSION 0x1023 /* ARCH_REQ_XCOMP_PERM */
 #define TILE_DATA 18              /* XFEATURE_XTILEDATA */
@@ -252,6 +173,7 @@ const isa *find_amx(void) {
     found.name = "amx";
     found.narrow_tile_rows = narrow_tile_rows;
     found.linear_tiles = linear_tiles;
+    found.attend_tiles = attend_tiles;
     return &found;
 }
 #else

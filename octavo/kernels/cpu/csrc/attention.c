@@ -47,7 +47,8 @@ static void write_rows(void *context, int32_t chunk) {
 static void attend_items(void *context, int32_t chunk) {
     const attention_context *c = context;
     ROWS_OF(chunk, c->num_items, c->num_chunks);
-    for (int64_t i = begin; i < end; i++) active->attend(c->a, c->b, &c->items[i]);
+    for (int64_t i = begin; i < end; i++)
+        (c->items[i].in_tiles ? active->attend_tiles : active->attend)(c->a, c->b, &c->items[i]);
 }
 
 static int32_t tile_rows(const attention *a) {
@@ -82,6 +83,55 @@ static int32_t add_items(const attention *a, attention_item *items, attention_it
     return num;
 }
 
+/* Items of one sequence's queries of its prompt, of about the same size, the longest sums first. */
+static int32_t add_tile_items(const attention *a, attention_item *items, attention_item base,
+                              int32_t num_queries, int32_t position, int32_t num_seqs) {
+    int32_t group = a->num_heads / a->num_kv_heads, num = 0;
+    int32_t row_floats = (int32_t)divide_up(a->head_dim, GROUP) * GROUP;
+    int32_t most = MAX_PROMPT_FLOATS / row_floats / (2 * TILE) * (2 * TILE) / group;
+    /* Few heads and many threads: items of fewer rows, so that all have something to do. */
+    int64_t wanted = divide_up(4 * (int64_t)pool_threads(), (int64_t)a->num_kv_heads * num_seqs);
+    int64_t parts = divide_up(num_queries, most);
+    if (parts < wanted)
+        parts = least(num_queries, least(wanted, divide_up(num_queries * group, 2 * TILE)));
+    for (int64_t part = parts; part-- > 0;) {
+        int32_t from = (int32_t)(num_queries * part / parts);
+        base.num_queries = (int32_t)(num_queries * (part + 1) / parts) - from;
+        for (base.kv_head = 0; base.kv_head < a->num_kv_heads; base.kv_head++, num++) {
+            items[num] = base;
+            items[num].token += from, items[num].position = position + from;
+        }
+    }
+    return num;
+}
+
+/* Items of all sequences: their queries of prompts apart from the others, where these take tiles. */
+static void add_all(attention_context *c, int64_t num_segments, float *partials) {
+    const attention *a = c->a;
+    const batch *b = c->b;
+    const int32_t has_tiles = active->attend_tiles && a->kv_type != FLOAT32;
+    /* Memory is read in its order where there are enough items without a division by heads. */
+    int32_t group = a->num_heads / a->num_kv_heads, together = 1;
+    if (num_segments >= 4 * pool_threads()) together = least(a->num_kv_heads, tile_rows(a) / group);
+    int32_t token = 0, role = 0;
+    for (int32_t i = 0; i < b->num_seqs; token += b->query_lens[i++]) {
+        attention_item base = {.seq = i, .token = token, .num_kv_heads = 1, .in_tiles = 1};
+        while (has_tiles && b->role_ends[role] <= token) role++;
+        int32_t num_prompt = role % 2 ? least(b->query_lens[i], b->role_ends[role] - token) : 0;
+        c->num_items += add_tile_items(a, c->items + c->num_items, base, num_prompt,
+                                       b->seq_lens[i] - b->query_lens[i], b->num_seqs);
+        int32_t num_queries = b->query_lens[i] - num_prompt;
+        int32_t split = num_queries == 1 && b->seq_lens[i] > SEGMENT;
+        int32_t heads = num_queries == 1 ? together : 1;
+        base.token += num_prompt, base.in_tiles = 0;
+        for (int32_t h = 0; h < a->num_kv_heads && b->seq_lens[i]; h += heads) {
+            base.kv_head = h, base.num_kv_heads = least(heads, a->num_kv_heads - h);
+            c->num_items += add_items(a, c->items + c->num_items, base, num_queries, b->seq_lens[i],
+                                      split, &partials);
+        }
+    }
+}
+
 /* Write the step's keys and values into the cache, then attend causally. */
 void attend_batch(const attention *a, const batch *b, const float *key, int64_t key_stride,
                          const float *value, int64_t value_stride) {
@@ -102,19 +152,7 @@ void attend_batch(const attention *a, const batch *b, const float *key, int64_t 
     char *memory = scratch(partial_bytes + (size_t)most * sizeof(attention_item));
     float *partials = (float *)memory;
     c.items = (attention_item *)(memory + partial_bytes);
-    /* Memory is read in its order where there are enough items without a division by heads. */
-    int32_t together = segments < 4 * pool_threads() ? 1 : least(a->num_kv_heads, tile_rows(a) / group);
-    int32_t token = 0;
-    for (int32_t i = 0; i < b->num_seqs; token += b->query_lens[i++]) {
-        int32_t split = b->query_lens[i] == 1 && b->seq_lens[i] > SEGMENT;
-        int32_t heads = b->query_lens[i] == 1 ? together : 1;
-        for (int32_t h = 0; h < a->num_kv_heads && b->seq_lens[i]; h += heads) {
-            attention_item base = {.seq = i, .kv_head = h, .token = token};
-            base.num_kv_heads = least(heads, a->num_kv_heads - h);
-            c.num_items += add_items(a, c.items + c.num_items, base, b->query_lens[i],
-                                     b->seq_lens[i], split, &partials);
-        }
-    }
+    add_all(&c, segments, partials);
     c.num_chunks = least(c.num_items, divide_up(scores, 512)); /* of at least 512 scores */
     pool_run(c.num_chunks, attend_items, &c);
     size_t width = (size_t)a->head_dim + 2;

@@ -91,6 +91,7 @@ typedef struct {
     int32_t token;    /* of the step, the first query's */
     int32_t position; /* in the sequence, the first query's */
     int32_t num_queries;
+    int32_t in_tiles; /* all of a prompt, on AMX: one KV head, and what follows is not used */
     int32_t first_segment, last_segment;
     float *partial; /* NULL: write the output; else of each row [head_dim + 2] */
 } attention_item;
@@ -101,6 +102,7 @@ typedef struct {
 #define MAX_TILE_FLOATS 4096 /* rows (queries times heads) of an item times head_dim */
 #define MAX_TILE_ROWS 64
 #define MAX_HEAD_DIM 256
+#define MAX_PROMPT_FLOATS 32768 /* the same in tiles, with head_dim rounded up to GROUP */
 
 /* How a row's token is chosen; see kernels/sampling.py. */
 typedef struct {
@@ -138,11 +140,14 @@ typedef struct {
     void (*linear_tiles)(const matrix *m, const uint16_t *tiles, int64_t row_begin,
                          int64_t row_end, const float *bias, float *out, int64_t out_stride,
                          int32_t pair_begin, int32_t pair_end);
+    /* Queries of a prompt, of one KV head, over a cache of 16 bits; NULL where there are no tiles. */
+    void (*attend_tiles)(const attention *a, const batch *b, const attention_item *item);
 } isa;
 
 extern const isa isa_generic, isa_avx2, isa_avx512, isa_neon;
 /* NULL if this CPU, its system or the compiler lacks the instructions beyond AVX-512, AVX2. */
 const isa *find_amx(void), *find_avxvnni(void);
+void attend_tiles(const attention *a, const batch *b, const attention_item *item); /* of "amx" */
 extern const isa *active; /* set once, by dispatch.c */
 
 /* ---- pool.c */
