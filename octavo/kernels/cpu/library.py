@@ -158,8 +158,8 @@ def is_available() -> bool:
 def use_isa(name: str) -> bool:
     """Switch to an instruction set ("generic", "avx2", "avxvnni", "avx512", "amx", "neon"; "" is
     the best); False if this CPU, or the compiler that built the library, lacks it. Matrices packed
-    before become unreadable, except that "avx512" and "amx" read each other's: for tests and
-    comparisons.
+    before become unreadable, except that "avx512" and "amx" read each other's, and so do "avx2" and
+    "avxvnni": for tests and comparisons.
     """
     library = load()
     return library is not None and library.octavo_use_isa(name.encode()) is not None
@@ -173,7 +173,7 @@ def isa() -> str:
 
 
 def packing() -> str:
-    """Names the order and the rounding in which matrices are packed now: "avx512-1". Where two
+    """Names the order and the rounding in which matrices are packed now: "avx512-2". Where two
     processes agree in it, so do the bytes of their matrices.
     """
     library = load()

@@ -235,12 +235,12 @@ def test_sharp_prompts_in_tiles(amx, softcap):
 
 
 def test_what_is_no_number_stays_in_its_row(amx):
-    """Of a prompt in tiles: a query's only its own, a key's those that see it."""
+    """Of a prompt in tiles: a query's only its own, a key's and a value's those that see it."""
     spec, num, bad = SPECS["gqa"], 90, 40
 
-    def run(broken):
+    def run(broken, what=torch.nan):
         rows = qkv_of(0, 15, 64)[:num].clone()
-        rows[bad, broken] = torch.nan
+        rows[bad, broken, 5:] = what
         run = Run(get_backend("native"), spec, dtype=torch.float16, prompt_lens=PROMPTS)
         run.tokens = lambda *_: rows
         run.step([(0, num)])
@@ -254,6 +254,10 @@ def test_what_is_no_number_stays_in_its_row(amx):
     is_nan[bad:, 3:6] = True
     assert torch.equal(key.isnan(), is_nan.expand(-1, -1, 64))
     assert torch.equal(key[~is_nan[..., 0]], expected[~is_nan[..., 0]])
+    for what in (torch.nan, torch.inf, 1e6):  # beyond what float16 has
+        value = run([13], what)
+        assert torch.equal(value.isnan(), is_nan.expand(-1, -1, 64))
+        assert torch.equal(value[~is_nan[..., 0]], expected[~is_nan[..., 0]])
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 40])  # which say how prompts are divided

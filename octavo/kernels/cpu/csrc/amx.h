@@ -1,5 +1,5 @@
 /* What kernels on AMX tiles share. HAS_TILES says whether the compiler knows them; a file that
- * includes this ends with TILES_END. */
+ * includes this puts TILES_END after them. */
 #include "native.h"
 
 #if defined(__x86_64__) && defined(__linux__) && !defined(OLD_ASSEMBLER) && \

@@ -4,7 +4,8 @@
  * with its values, with an online softmax in float32.
  *
  * Spans begin at fixed positions, and what a row does not see of one adds zeros to its sums: so its
- * bits depend neither on where its item begins and ends nor on the other rows. */
+ * bits depend neither on where its item begins and ends nor on the other rows. Zero times infinity
+ * would be none: values that are not finite count as 0, and rows that see them are no numbers. */
 #include "amx.h"
 
 #if defined(HAS_TILES)
@@ -18,6 +19,8 @@
 #define MAX_ROWS (MAX_PROMPT_FLOATS / GROUP)
 #define WIDTH ((int64_t)sizeof(uint16_t)) /* of the cache's numbers */
 
+/* Where nothing belongs, beyond the last row, key and dimension, anything may lie, but for values of
+ * no keys: it ends in rows, columns and dimensions of products that nobody reads. */
 typedef struct {
     uint16_t rows[MAX_PROMPT_FLOATS];     /* [rows / TILE][groups][TILE][GROUP] */
     uint16_t keys[SPAN * MAX_HEAD_DIM];   /* [SPAN / TILE][groups][GROUP / 2][TILE][2] */
@@ -27,6 +30,7 @@ typedef struct {
     float sums[MAX_PROMPT_FLOATS];        /* [rows][dims]: of values times weights */
     float totals[MAX_ROWS * TILE];        /* [rows]: of weights, in TILE parts */
     float most[MAX_ROWS];                 /* of each row's scores */
+    int32_t odd[SPAN], num_odd;           /* keys of the span whose values are not all finite */
 } workspace;
 
 /* An item, and the span at hand: its first key's position, and how many keys it has. */
@@ -130,22 +134,33 @@ INLINE void narrow_keys(const int type, const work *k) {
     }
 }
 
+/* 16 values, 0 for what is not finite; sets `odd` if anything is not. */
+INLINE __m512 load_finite(const int type, const uint8_t *from, __mmask16 *odd) {
+    __m512 x = load_8_and_8(type, from, from + 8 * WIDTH);
+    const __mmask16 not_finite = _mm512_fpclass_ps_mask(x, 0x99); /* both NaNs, both infinities */
+    *odd |= not_finite;
+    return _mm512_maskz_mov_ps((__mmask16)~not_finite, x);
+}
+
 /* Beyond the last there are zeros, up to a whole group: nobody knows what lies there in the cache. */
 INLINE void narrow_values(const int type, const work *k) {
     const int32_t head_dim = k->a->head_dim, block_size = k->b->block_size;
     const int64_t row_bytes = head_dim * WIDTH;
+    k->w->num_odd = 0;
     for (int32_t key = 0; key < divide_up(k->num_keys, GROUP) * GROUP; key += 2) {
         const int32_t at = k->first + least(key, k->num_keys - 1);
         const uint8_t *one = block_of(k, k->a->v, at) + at % block_size * row_bytes;
         const uint8_t *other = one + row_bytes;
         uint16_t *to = k->w->values + key / GROUP * CELLS + key % GROUP / 2 * GROUP;
+        __mmask16 one_odd = 0, other_odd = 0;
         for (int32_t d = 0; d < head_dim; d += TILE, to += SPAN_GROUPS * CELLS) {
             __m512 x = _mm512_setzero_ps(), y = x;
-            if (key < k->num_keys) x = load_8_and_8(type, one + d * WIDTH, one + (d + 8) * WIDTH);
-            if (key + 1 < k->num_keys)
-                y = load_8_and_8(type, other + d * WIDTH, other + (d + 8) * WIDTH);
+            if (key < k->num_keys) x = load_finite(type, one + d * WIDTH, &one_odd);
+            if (key + 1 < k->num_keys) y = load_finite(type, other + d * WIDTH, &other_odd);
             _mm512_storeu_si512(to, pairs_as_bfloats(x, y));
         }
+        if (one_odd) k->w->odd[k->w->num_odd++] = key;
+        if (other_odd) k->w->odd[k->w->num_odd++] = key + 1;
     }
 }
 
@@ -236,6 +251,16 @@ static void attend_square(const work *k, int32_t row, int32_t num, int32_t from,
     add_square(k, row, num, from, to, shrink);
 }
 
+static void spoil_rows(const work *k) {
+    const int32_t position = k->item->position - k->first, window = k->a->window;
+    for (int32_t row = 0; row < k->num_rows; row++) {
+        const int32_t last = position + row / k->heads;
+        for (int32_t i = 0; i < k->w->num_odd; i++)
+            if (k->w->odd[i] <= last && (!window || k->w->odd[i] > last - window))
+                k->w->totals[row * TILE] = NAN;
+    }
+}
+
 static void attend_span(const work *k) {
     const int32_t position = k->item->position - k->first, window = k->a->window;
     if (k->a->kv_type == FLOAT16) {
@@ -253,6 +278,7 @@ static void attend_span(const work *k) {
         to = (int32_t)divide_up(to, GROUP) * GROUP;
         if (from < to) attend_square(k, row, num, from / GROUP * GROUP, to);
     }
+    spoil_rows(k);
 }
 
 static void finish_rows(const work *k) {

@@ -85,12 +85,12 @@ static int32_t add_items(const attention *a, attention_item *items, attention_it
 
 /* Items of one sequence's queries of its prompt, of about the same size, the longest sums first. */
 static int32_t add_tile_items(const attention *a, attention_item *items, attention_item base,
-                              int32_t num_queries, int32_t position, int32_t num_seqs) {
+                              int32_t num_queries, int32_t position, int32_t num_prompts) {
     int32_t group = a->num_heads / a->num_kv_heads, num = 0;
     int32_t row_floats = (int32_t)divide_up(a->head_dim, GROUP) * GROUP;
     int32_t most = MAX_PROMPT_FLOATS / row_floats / (2 * TILE) * (2 * TILE) / group;
     /* Few heads and many threads: items of fewer rows, so that all have something to do. */
-    int64_t wanted = divide_up(4 * (int64_t)pool_threads(), (int64_t)a->num_kv_heads * num_seqs);
+    int64_t wanted = divide_up(4 * (int64_t)pool_threads(), (int64_t)a->num_kv_heads * num_prompts);
     int64_t parts = divide_up(num_queries, most);
     if (parts < wanted)
         parts = least(num_queries, least(wanted, divide_up(num_queries * group, 2 * TILE)));
@@ -105,6 +105,14 @@ static int32_t add_tile_items(const attention *a, attention_item *items, attenti
     return num;
 }
 
+/* How many of sequence i's queries, of which the first is `token`, belong to its prompt: the first
+ * ones. `role` is where the search through roles stands. */
+static int32_t prompt_queries(const batch *b, int32_t i, int32_t token, int32_t *role) {
+    while (*role < b->num_roles && b->role_ends[*role] <= token) ++*role;
+    if (*role == b->num_roles || *role % 2 == 0 || !b->seq_lens[i]) return 0;
+    return least(b->query_lens[i], b->role_ends[*role] - token);
+}
+
 /* Items of all sequences: their queries of prompts apart from the others, where these take tiles. */
 static void add_all(attention_context *c, int64_t num_segments, float *partials) {
     const attention *a = c->a;
@@ -113,13 +121,16 @@ static void add_all(attention_context *c, int64_t num_segments, float *partials)
     /* Memory is read in its order where there are enough items without a division by heads. */
     int32_t group = a->num_heads / a->num_kv_heads, together = 1;
     if (num_segments >= 4 * pool_threads()) together = least(a->num_kv_heads, tile_rows(a) / group);
-    int32_t token = 0, role = 0;
+    int32_t token = 0, role = 0, num_prompts = 0;
+    for (int32_t i = 0; has_tiles && i < b->num_seqs; token += b->query_lens[i++])
+        num_prompts += prompt_queries(b, i, token, &role) > 0;
+    token = role = 0;
     for (int32_t i = 0; i < b->num_seqs; token += b->query_lens[i++]) {
         attention_item base = {.seq = i, .token = token, .num_kv_heads = 1, .in_tiles = 1};
-        while (has_tiles && b->role_ends[role] <= token) role++;
-        int32_t num_prompt = role % 2 ? least(b->query_lens[i], b->role_ends[role] - token) : 0;
-        c->num_items += add_tile_items(a, c->items + c->num_items, base, num_prompt,
-                                       b->seq_lens[i] - b->query_lens[i], b->num_seqs);
+        int32_t num_prompt = num_prompts ? prompt_queries(b, i, token, &role) : 0;
+        if (num_prompt)
+            c->num_items += add_tile_items(a, c->items + c->num_items, base, num_prompt,
+                                           b->seq_lens[i] - b->query_lens[i], num_prompts);
         int32_t num_queries = b->query_lens[i] - num_prompt;
         int32_t split = num_queries == 1 && b->seq_lens[i] > SEGMENT;
         int32_t heads = num_queries == 1 ? together : 1;

@@ -17,7 +17,8 @@ INLINE_ISA vf add_neighbours(vf a, vf b) { return (vf)_mm256_hadd_ps((__m256)a, 
 
 /* Of 4 bits, a group's sum fits 16 bits: sixteen products of at most 15 * 127 add up to 30,480. Of 8
  * bits, two products do: weights lie 128 too high, one operand being unsigned, and activations were
- * divided such that two neighbours of the same sign add up to 128 at most, which is taken 255 times. */
+ * divided such that two neighbours of the same sign add up to 128 at most, which is taken 255 times
+ * (129 where both were rounded up: what saturates is less than that rounding). */
 INLINE_ISA void dot(const int kind, const int num, const vb *w, const int8_t *q, vi *dots) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i sums[MR];
