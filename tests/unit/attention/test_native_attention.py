@@ -238,10 +238,10 @@ def test_what_is_no_number_stays_in_its_row(amx):
     """Of a prompt in tiles: a query's only its own, a key's and a value's those that see it."""
     spec, num, bad = SPECS["gqa"], 90, 40
 
-    def run(broken, what=torch.nan):
+    def run(broken, what=torch.nan, dtype=torch.float16):
         rows = qkv_of(0, 15, 64)[:num].clone()
         rows[bad, broken, 5:] = what
-        run = Run(get_backend("native"), spec, dtype=torch.float16, prompt_lens=PROMPTS)
+        run = Run(get_backend("native"), spec, dtype=dtype, prompt_lens=PROMPTS)
         run.tokens = lambda *_: rows
         run.step([(0, num)])
         return run.output(0)
@@ -254,8 +254,8 @@ def test_what_is_no_number_stays_in_its_row(amx):
     is_nan[bad:, 3:6] = True
     assert torch.equal(key.isnan(), is_nan.expand(-1, -1, 64))
     assert torch.equal(key[~is_nan[..., 0]], expected[~is_nan[..., 0]])
-    for what in (torch.nan, torch.inf, 1e6):  # beyond what float16 has
-        value = run([13], what)
+    for what, dtype in ((torch.nan, torch.float16), (-torch.inf, torch.bfloat16)):
+        value, expected = run([13], what, dtype), run([], dtype=dtype)
         assert torch.equal(value.isnan(), is_nan.expand(-1, -1, 64))
         assert torch.equal(value[~is_nan[..., 0]], expected[~is_nan[..., 0]])
 
