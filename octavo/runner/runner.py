@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, product
 
@@ -37,6 +36,7 @@ from octavo.runner.inputs import MAX_GATHERED, build_inputs, count_gathered
 from octavo.runner.kv import allocate_kv, block_bytes
 from octavo.runner.prefixes import MIN_MEMBERS, PrefixFinder
 from octavo.runner.prompt_logprobs import PromptLogprobs
+from octavo.runner.report import StartupReport
 from octavo.runner.rows import DeviceRows, to_device, to_host
 from octavo.runner.sampler import SampledLogprobs, Sampler
 from octavo.sched.plan import StepPlan, StepResult
@@ -76,20 +76,6 @@ class PendingStep:
             logprobs={r: lp for piece in self._logprobs for r, lp in piece.to_host().items()},
             prompt_logprobs=prompt_logprobs.to_host(self._prompt_logprobs),
         )
-
-
-@dataclass(slots=True)
-class StartupReport:
-    """What start-up took and what it left."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    memory_bytes: dict[str, int] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start_s = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start_s
 
 
 class ModelRunner:
