@@ -129,7 +129,8 @@ class ModelRunner:
             self._model = create_model(model.hf_config, model.max_model_len)
             if self._config.runner.embedding_on_host is not False:
                 self._host_embedding = plan_embedding_on_host(self._model)
-        self._platform.trim_memory()  # before what stays takes a piece of what was spared
+        if self._host_embedding is not None:
+            self._platform.trim_memory()  # before what stays takes a piece of what was spared
         self._model.eval().requires_grad_(False)
         self._backend = get_backend(self._config.runner.attention_backend)
         if isinstance(self._backend, PreparedAttention):
@@ -213,7 +214,7 @@ class ModelRunner:
         plans = [_warm_up_plan(1, n, start=start) for n in lens for start in (0, n)]
         decodes, _ = self._new_graphs()
         most = runner.max_num_seqs
-        sizes = [(min(size, most), False) for size in (*COMPILED_DECODES, most)]
+        sizes = [(size, False) for size in (*COMPILED_DECODES, most)]
         sizes += [(size, True) for size in _COMPILED_SHARED]
         # What takes longest to compile comes first.
         steps: list[Callable[[], object]] = [partial(self._run, plan) for plan in plans]

@@ -48,7 +48,7 @@ def test_rows_are_those_that_were_loaded(source: str, dtype: torch.dtype) -> Non
         assert torch.cuda.memory_allocated(device) == before
         del embedding, slot
         gc.collect()
-        assert not any(isinstance(held, _Locked) for held in gc.get_objects())
+        assert not any(type(held) is _Locked for held in gc.get_objects())
 
 
 def test_a_refusal_leaves_no_error_behind(monkeypatch: pytest.MonkeyPatch) -> None:

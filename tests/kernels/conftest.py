@@ -17,8 +17,10 @@ if not torch.cuda.is_available():
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs for real is a test of the GPU; see `make test-gpu`."""
+    if not torch.cuda.is_available():
+        return
     for item in items:
-        if torch.cuda.is_available() and Path(__file__).parent in item.path.parents:
+        if Path(__file__).parent in item.path.parents:
             item.add_marker("gpu")
 
 

@@ -251,6 +251,7 @@ static void attend_square(const work *k, int32_t row, int32_t num, int32_t from,
     add_square(k, row, num, from, to, shrink);
 }
 
+/* Those that see a value that is not finite. */
 static void spoil_rows(const work *k) {
     const int32_t position = k->item->position - k->first, window = k->a->window;
     for (int32_t row = 0; row < k->num_rows; row++) {
