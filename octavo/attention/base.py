@@ -99,6 +99,7 @@ class AttentionBackend(Protocol):
     captures_decodes: bool  # those of decodes alone
     captures_chunks: bool  # all others
     compiles_ahead: bool  # whether `launch.compiling` prepares its kernels
+    gives_up_decodes: bool  # whether a kernel for whole layers may attend in its place
 
     def forward(
         self,

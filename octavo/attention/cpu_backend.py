@@ -81,7 +81,7 @@ class NativeAttention:
     """
 
     name = "native"
-    captures_decodes = captures_chunks = compiles_ahead = False
+    captures_decodes = captures_chunks = compiles_ahead = gives_up_decodes = False
 
     def __init__(self) -> None:
         self._library = load()

@@ -42,7 +42,7 @@ class FlashInferAttention(TritonAttention):
     name = "flashinfer"
     captures_decodes = True
     captures_chunks = False
-    compiles_ahead = True  # Triton's, for the decodes
+    compiles_ahead = gives_up_decodes = True  # Triton's, for the decodes
 
     def __init__(self) -> None:
         super().__init__()

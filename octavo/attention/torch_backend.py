@@ -70,7 +70,7 @@ class TorchAttention:
     """
 
     name = "torch"
-    captures_decodes = captures_chunks = compiles_ahead = False
+    captures_decodes = captures_chunks = compiles_ahead = gives_up_decodes = False
 
     def __init__(self) -> None:
         self._batch: AttentionBatch | None = None

@@ -27,7 +27,7 @@ class TritonAttention:
     """
 
     name = "triton"
-    captures_decodes = captures_chunks = compiles_ahead = True
+    captures_decodes = captures_chunks = compiles_ahead = gives_up_decodes = True
 
     def __init__(self) -> None:
         self._workspace = DecodeWorkspace()

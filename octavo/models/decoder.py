@@ -9,18 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from octavo.attention.base import AttentionSpec
+from octavo.attention.base import AttentionSpec, KVLayer
 from octavo.attention.context import ForwardContext
 from octavo.errors import UnsupportedModelError
+from octavo.kernels.decode_layers import LayerTensors
 from octavo.kernels.linear import fuses
 from octavo.kernels.rope import Rope
 from octavo.layers.attention import SelfAttention
 from octavo.layers.embedding import Embedding, LMHead
+from octavo.layers.linear import DenseMethod
 from octavo.layers.mlp import GatedMLP
 from octavo.layers.moe import MoE
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rotary import RotaryEmbedding
 from octavo.models.base import CausalLM
+from octavo.models.fused_decode import FusedDecode
 from octavo.weights.slots import WeightSlot
 
 Config = Mapping[str, Any]
@@ -60,6 +63,40 @@ class DecoderLayer(nn.Module):
         x, residual = self.post_attention_layernorm(x, residual)
         return self.mlp(x), residual
 
+    def plain_tensors(self, kv: KVLayer) -> LayerTensors | None:
+        """What a kernel for all layers at once reads; None where the layer is in some way its own:
+        another order, a window, a softcap, experts, packed weights, unusual biases or norms.
+        """
+        attn, mlp = self.self_attn, self.mlp
+        spec = attn.attention.spec
+        if type(self) is not DecoderLayer or not isinstance(mlp, GatedMLP):
+            return None
+        products = attn.qkv_proj, attn.o_proj, mlp.gate_up_proj, mlp.down_proj
+        norms = self.input_layernorm, self.post_attention_layernorm
+        head_norms = attn.head_norms()
+        kinds = {(norm.eps, norm.add_one) for norm in (*norms, head_norms) if norm is not None}
+        if (
+            spec.sliding_window is not None
+            or spec.logit_softcap is not None
+            or not all(isinstance(product.method, DenseMethod) for product in products)
+            or any(product.bias is not None for product in products[1:])
+            or kinds != {(norms[0].eps, False)}
+        ):
+            return None
+        return LayerTensors(
+            qkv=attn.qkv_proj.get_parameter("weight"),
+            out=attn.o_proj.get_parameter("weight"),
+            gate_up=mlp.gate_up_proj.get_parameter("weight"),
+            down=mlp.down_proj.get_parameter("weight"),
+            input_norm=norms[0].weight,
+            post_norm=norms[1].weight,
+            query_norm=head_norms.query if head_norms else None,
+            key_norm=head_norms.key if head_norms else None,
+            qkv_bias=attn.qkv_proj.bias,
+            keys=kv.k,
+            values=kv.v,
+        )
+
     def weight_slots(self, prefix: str) -> dict[str, WeightSlot]:
         return {
             **self.input_layernorm.weight_slots(f"{prefix}.input_layernorm"),
@@ -84,6 +121,7 @@ class DecoderLM(CausalLM):
         layers = [self.make_layer(hf_config, i) for i in range(num_layers)]
         self.attention_specs = [layer.self_attn.attention.spec for layer in layers]
         self.layers = nn.ModuleList(layers)
+        self.fused_decode = FusedDecode(layers)
         self.norm = RMSNorm(size, hf_config["rms_norm_eps"], self.norm_adds_one)
         self.rotary = RotaryEmbedding(self.rope_config(hf_config), max_model_len)
         self.lm_head = LMHead(
@@ -118,8 +156,11 @@ class DecoderLM(CausalLM):
     ) -> torch.Tensor:
         """Embed, run layer i with ropes[i], and norm; see `CausalLM.forward`."""
         x, residual = self.embed_tokens(input_ids), None
-        for layer, rope in zip(self.layers, ropes, strict=True):
-            x, residual = layer(x, residual, rope, context)
+        if (decoded := self.fused_decode.run(x, ropes, context)) is not None:
+            x = decoded
+        else:
+            for layer, rope in zip(self.layers, ropes, strict=True):
+                x, residual = layer(x, residual, rope, context)
         hidden: torch.Tensor = self.norm(x, residual)[0]
         return hidden
 

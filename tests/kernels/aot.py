@@ -33,7 +33,7 @@ POINTERS = {
     torch.int64: "*i64",
     torch.bool: "*i1",
 }
-OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "launch_cooperative_grid")
 seen: set[Any] = set()
 target_name = ""
 
@@ -207,8 +207,32 @@ def moe() -> None:
         moe_triton.run_experts(x, gate_up, torch.empty(128, 256, 96).bfloat16(), *routing, "silu")
 
 
+def layers() -> None:
+    from octavo.kernels.decode_layers import DecodeLayers, LayerTensors
+
+    if target_name != "sm_90":  # elsewhere it is not launched
+        return
+    for dtype, group, kv_heads, head_dim, size, inner, has_bias in (
+        (torch.bfloat16, 4, 8, 128, 4096, 12288, False),
+        (torch.bfloat16, 2, 8, 128, 1024, 3072, False),
+        (torch.float16, 7, 4, 128, 3584, 18944, True),
+        (torch.bfloat16, 4, 8, 64, 2048, 8192, False),
+    ):
+        heads, qkv = group * kv_heads * head_dim, (group + 2) * kv_heads * head_dim
+        cache = torch.empty(4, 16, kv_heads, head_dim, dtype=dtype)
+        norm = torch.empty(head_dim, dtype=dtype) if size != 2048 and not has_bias else None
+        weights = ((qkv, size), (size, heads), (2 * inner, size), (size, inner), (size,), (size,))
+        tensors = [torch.empty(1, dtype=dtype).expand(shape) for shape in weights]
+        bias = torch.empty(qkv, dtype=dtype) if has_bias else None
+        layer = LayerTensors(*tensors, norm, norm, bias, cache, cache)
+        stack = DecodeLayers([layer], activation="silu", eps=1e-6, scale=0.1)
+        lens = torch.zeros(1, dtype=torch.int32)
+        stack.run(tensors[4], lens, lens, lens.long(), torch.empty(64, head_dim))
+
+
 CASES: dict[str, Callable[[], None]] = {
-    case.__name__: case for case in (norm, activation, qkv, attention, packed, gemv, sampling, moe)
+    case.__name__: case
+    for case in (norm, activation, qkv, attention, packed, layers, gemv, sampling, moe)
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("aot.py")
-CASES = ("norm", "activation", "qkv", "attention", "packed", "gemv", "sampling", "moe")
+CASES = ("norm", "activation", "qkv", "attention", "packed", "layers", "gemv", "sampling", "moe")
 
 
 @pytest.mark.slow
@@ -28,4 +28,4 @@ def test_kernels_compile(case, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sm_90" in done.stdout
-    assert "gfx942" in done.stdout
+    assert ("gfx942" in done.stdout) == (case != "layers")
