@@ -180,6 +180,16 @@ def _stage(vector, source_ptr, SIZE: gl.constexpr, BLOCK_K: gl.constexpr):
 
 
 @gluon.jit
+def _take_tile(tile, ring, ready, free, layout: gl.constexpr, STAGES: gl.constexpr):
+    """The next tile of weights, whose place is free again."""
+    slot = tile % STAGES
+    mbarrier.wait(ready.index(slot), tile // STAGES & 1)
+    weight = ring.index(slot).load(layout)
+    mbarrier.arrive(free.index(slot), count=1)
+    return weight
+
+
+@gluon.jit
 def _multiply(
     tile, vector, ring, ready, free, scale, bias_ptr, residual_ptr, out_ptr,
     NUM_ROWS: gl.constexpr, SIZE: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
@@ -189,21 +199,27 @@ def _multiply(
     has rows of the gate and as many of what it gates.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [ROWS, 1], [1, 0])
+    STEPS: gl.constexpr = SIZE // BLOCK_K
     x = vector.index(0).load(layout)
-    for block in range(gl.program_id(0), NUM_ROWS // ROWS, gl.num_programs(0)):
+    num_blocks = NUM_ROWS // ROWS
+    if gl.program_id(0) < num_blocks:
+        weight = _take_tile(tile, ring, ready, free, layout, STAGES)
+    else:
+        weight = gl.full([ROWS, BLOCK_K], 0.0, ring.dtype, layout)
+    for block in range(gl.program_id(0), num_blocks, gl.num_programs(0)):
         rows = block * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
         if HAS_RESIDUAL:
             residual = gl.load(residual_ptr + rows, cache_modifier=".cg")
         acc = gl.full([ROWS, BLOCK_K], 0.0, gl.float32, layout)
-        for step in range(SIZE // BLOCK_K):
-            slot = tile % STAGES
-            if SIZE > BLOCK_K:
+        for step in range(STEPS):
+            if STEPS > 1:
                 x = vector.index(step).load(layout)
-            mbarrier.wait(ready.index(slot), tile // STAGES & 1)
-            weight = ring.index(slot).load(layout)
-            mbarrier.arrive(free.index(slot), count=1)
-            acc += weight.to(gl.float32) * x
+            # The next tile is fetched from shared memory while this one is summed up.
+            current = weight
             tile += 1
+            if (step + 1 < STEPS) | (block + gl.num_programs(0) < num_blocks):
+                weight = _take_tile(tile, ring, ready, free, layout, STAGES)
+            acc += current.to(gl.float32) * x
         y = gl.sum(acc, 1) * scale
         if HAS_BIAS:
             y += gl.load(bias_ptr + rows).to(gl.float32)

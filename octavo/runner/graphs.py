@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from octavo.attention.base import AttentionBatch, SharedPrefix
+from octavo.kernels.decode_inputs import take_inputs
 from octavo.runner.prefixes import CommonPrefix
 from octavo.runner.rows import DeviceRows, to_device
 
@@ -167,15 +168,12 @@ class DecodeGraphs:
     def _step(self, packed: torch.Tensor, size: int, *, greedy: bool) -> torch.Tensor:
         """What is captured. Padding rows write to block 0 and stay at position 0."""
         model, state, rows = self._model, self._rows, packed[:size]
-        block_size = model.block_size
-        positions = state.num_computed[rows]
-        block_tables = state.block_tables[rows]
-        blocks = block_tables.gather(1, (positions // block_size)[:, None])[:, 0]
+        inputs = take_inputs(rows, state.num_computed, state.block_tables, model.block_size)
         batch = AttentionBatch(
-            slot_mapping=blocks.to(torch.int64) * block_size + positions % block_size,
+            slot_mapping=inputs.slot_mapping,
             query_starts=torch.arange(size + 1, dtype=torch.int32, device=state.device),
-            seq_lens=(positions + 1).to(torch.int32),
-            block_tables=block_tables,
+            seq_lens=inputs.seq_lens,
+            block_tables=inputs.block_tables,
             num_decodes=size,
             max_query_len=1,
             max_seq_len=model.max_seq_len,
@@ -183,8 +181,7 @@ class DecodeGraphs:
             host_seq_lens=(model.max_seq_len,) * size,
             shared=self._shared(packed[size:]) if len(packed) > size else None,
         )
-        hidden = model.forward(state.last_token_ids[rows], positions, batch, None)
-        state.num_computed[rows] = positions + (rows != state.scratch)
+        hidden = model.forward(state.last_token_ids[rows], inputs.positions, batch, None)
         return model.finish(hidden, rows, greedy=greedy)
 
     def _shared(self, packed: torch.Tensor) -> SharedPrefix:

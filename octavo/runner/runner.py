@@ -445,7 +445,8 @@ class ModelRunner:
     def _pick_greedily(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, hidden_size] -> the most likely tokens, [n] int64."""
         pieces = torch.split(hidden, _LOGITS_PIECE)
-        return torch.cat([argmax(self._model.compute_scores(piece)) for piece in pieces])
+        chosen = [argmax(self._model.compute_scores(piece)) for piece in pieces]
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
     def _pending(
         self,

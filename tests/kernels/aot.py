@@ -112,6 +112,13 @@ def qkv() -> None:
             qkv_triton.rotate_and_store(x, 32, transform, cache, cache, slots)
 
 
+def inputs() -> None:
+    from octavo.kernels import decode_inputs_triton
+
+    rows, tables = torch.zeros(3, dtype=torch.int64), torch.zeros(5, 7, dtype=torch.int32)
+    decode_inputs_triton.take_inputs(rows, rows, tables, 16)
+
+
 def attention() -> None:
     from octavo.kernels.paged_decode_triton import DecodeWorkspace, paged_decode
     from octavo.kernels.paged_prefill_triton import paged_prefill
@@ -232,7 +239,7 @@ def layers() -> None:
 
 CASES: dict[str, Callable[[], None]] = {
     case.__name__: case
-    for case in (norm, activation, qkv, attention, packed, layers, gemv, sampling, moe)
+    for case in (norm, activation, qkv, inputs, attention, packed, layers, gemv, sampling, moe)
 }
 
 

@@ -11,7 +11,18 @@ import pytest
 
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("aot.py")
-CASES = ("norm", "activation", "qkv", "attention", "packed", "layers", "gemv", "sampling", "moe")
+CASES = (
+    "norm",
+    "activation",
+    "qkv",
+    "inputs",
+    "attention",
+    "packed",
+    "layers",
+    "gemv",
+    "sampling",
+    "moe",
+)
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""Norm, activation, and the step from the packed projection to the cache, against their twins."""
+"""Norm, activation, inputs of decodes, and from the packed projection to the cache, against their
+twins.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from octavo.kernels.activation import ACTIVATIONS, gated_activation_torch
+from octavo.kernels.decode_inputs import take_inputs_torch
 from octavo.kernels.norm import rms_norm_torch
 from octavo.kernels.qkv import HeadNorms, HeadTransform, rotate_and_store_torch
 from octavo.kernels.rope import Rope
@@ -67,3 +70,23 @@ def test_rotate_and_store(device, num_tokens, num_heads, num_kv_heads, head_dim,
     got = qkv_triton.rotate_and_store(qkv, num_heads, transform, *caches[1], slots)
     assert_close(got, expected.contiguous())
     torch.testing.assert_close(caches[1], caches[0], equal_nan=True, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("num_rows", "max_blocks", "block_size"), [(9, 1, 16), (40, 1500, 8)])
+def test_take_inputs(device, num_rows, max_blocks, block_size):
+    from octavo.kernels import decode_inputs_triton
+
+    scratch = num_rows - 1
+    tables = torch.randint(1, 9999, (num_rows, max_blocks), device=device, dtype=torch.int32)
+    computed = torch.randint(0, max_blocks * block_size, (num_rows,), device=device)
+    tables[scratch], computed[scratch] = 0, 0
+    rows = torch.randperm(scratch, device=device)[:7]
+    rows = torch.cat((rows, torch.full((3,), scratch, device=device)))
+    expected_computed = computed.clone()
+    expected = take_inputs_torch(rows, expected_computed, tables, block_size)
+    got = decode_inputs_triton.take_inputs(rows, computed, tables, block_size)
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
+        assert one.dtype == other.dtype
+    assert torch.equal(computed, expected_computed)
+    assert computed[scratch] == 0
