@@ -13,7 +13,22 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-KEYS = 4  # per row of threads in a step: 64 in all with heads of 128
+KEYS = 4  # per lane in a step
+# A lane is the threads that share a key, eight numbers of its head each; so many of 256 threads
+# times their numbers are a lane's head.
+TILE = gl.constexpr(256 * 8)
+# Where Gluon calls it otherwise: it is not yet settled.
+_IS_PUBLIC = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def view(shared, shape: gl.constexpr):
+    """Shared memory of float32, as another shape."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    if _IS_PUBLIC:
+        return shared.reinterpret(gl.float32, shape, flat)
+    else:
+        return shared._reinterpret(gl.float32, shape, flat)
 
 
 @gluon.jit
@@ -112,7 +127,7 @@ def attend(
     heads_layout: gl.constexpr,  # of heads, one for each warp
 ):
     """Norm, rotate and store the token's key, rotate its queries, and attend to one part."""
-    LANES: gl.constexpr = 2048 // DIM
+    LANES: gl.constexpr = TILE // DIM
     NUM_HEADS: gl.constexpr = GROUP * KV_HEADS
     lanes_layout: gl.constexpr = gl.SliceLayout(0, layout)
     lane_layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, layout))
@@ -229,10 +244,10 @@ def stage_attended(
     AT_ONCE: gl.constexpr = 8 // NUM_ROWS if NUM_ROWS < 8 else 1
     WIDTH: gl.constexpr = BLOCK_K // 256
     ACROSS: gl.constexpr = DIM // WIDTH  # threads
-    LANES: gl.constexpr = ACROSS if ACROSS < 32 else 32
-    WARPS: gl.constexpr = ACROSS // LANES
+    IN_WARP: gl.constexpr = ACROSS if ACROSS < 32 else 32
+    WARPS: gl.constexpr = ACROSS // IN_WARP
     layout: gl.constexpr = gl.BlockedLayout(
-        [1, 1, WIDTH], [32 // LANES, LANES, 1], [8 // WARPS, WARPS, 1], [2, 1, 0]
+        [1, 1, WIDTH], [32 // IN_WARP, IN_WARP, 1], [8 // WARPS, WARPS, 1], [2, 1, 0]
     )
     loaded = _load_parts(parts_ptr, 0, num_splits, layout, AT_ONCE, DIM, SIZE, BLOCK_K, WIDTH)
 
@@ -248,9 +263,7 @@ def stage_attended(
     highest = gl.max(weights, 0)
     highest = gl.where(highest == float("-inf"), 0.0, highest)
     weights = gl.exp2(weights - highest[None, :])
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    by_heads = shares._reinterpret(gl.float32, [MAX_SPLITS, PADDED], flat)
-    by_heads.store(weights / gl.sum(weights, 0)[None, :])
+    view(shares, [MAX_SPLITS, PADDED]).store(weights / gl.sum(weights, 0)[None, :])
 
     sums = ()
     for _row in gl.static_range(NUM_ROWS):

@@ -9,12 +9,17 @@ The twin is the layers one by one (`models.decoder`), which also do what the ker
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
 from octavo.kernels import launch
+from octavo.log import get_logger
+
+logger = get_logger(__name__)
 
 ROWS = 8  # of a weight in a tile, one for each warp
 MAX_GROUP = 8  # query heads per KV head: their sums are kept in registers
@@ -25,7 +30,9 @@ UNIT = 128  # elements in which distances between tensors are counted
 
 
 class LayerTensors(NamedTuple):
-    """What the kernel reads of a layer, and the cache it writes: all of one dtype, 16 bits wide."""
+    """What the kernel reads of a layer, each by its place here, and the cache it writes. All
+    are of one dtype, 16 bits wide.
+    """
 
     qkv: torch.Tensor  # [(num_heads + 2 * num_kv_heads) * head_dim, hidden_size]
     out: torch.Tensor  # [hidden_size, num_heads * head_dim]
@@ -44,10 +51,12 @@ COLUMNS = len(LayerTensors._fields)
 
 
 def takes(layers: Sequence[LayerTensors]) -> bool:
-    """Whether there is a kernel for such layers, which are alike but for what they hold."""
+    """Whether there is a kernel for such layers on their device: one of Hopper, where it was
+    measured.
+    """
     first = layers[0]
     dtype, device = first.qkv.dtype, first.qkv.device
-    if device.type != "cuda" or not launch.has_warpgroups(device):
+    if not launch.has_warpgroups(device) or any(_shapes(x) != _shapes(first) for x in layers):
         return False
     num_kv_heads, head_dim = first.keys.shape[2:]
     num_heads = len(first.qkv) // head_dim - 2 * num_kv_heads
@@ -58,7 +67,23 @@ def takes(layers: Sequence[LayerTensors]) -> bool:
         and num_kv_heads <= launch.num_processors(device)
         and _block_columns(first) is not None
         and all(_is_within_reach(first.qkv, t) for layer in layers for t in layer if t is not None)
+        and _load() is not None
     )
+
+
+@functools.cache
+def _load() -> ModuleType | None:
+    """None where this Triton's Gluon, which is not yet settled, has other names than are used."""
+    try:
+        from octavo.kernels import decode_layers_hopper
+    except (ImportError, AttributeError) as error:
+        logger.warning("lone requests decode more slowly than they could: %s", error)
+        return None
+    return decode_layers_hopper
+
+
+def _shapes(layer: LayerTensors) -> list[tuple[int, ...] | None]:
+    return [None if tensor is None else tuple(tensor.shape) for tensor in layer]
 
 
 class DecodeLayers:
@@ -68,7 +93,7 @@ class DecodeLayers:
         self, layers: Sequence[LayerTensors], *, activation: str, eps: float, scale: float
     ) -> None:
         from octavo.kernels.activation_triton import KINDS
-        from octavo.kernels.decode_attention_hopper import KEYS
+        from octavo.kernels.decode_attention_hopper import KEYS, TILE
 
         first = layers[0]
         self._weight = first.qkv
@@ -100,7 +125,7 @@ class DecodeLayers:
         )
         block_k = _block_columns(first)
         assert block_k is not None
-        widest = max(hidden_size, heads_size, inner, group * 2048)  # the last: sums of attention
+        widest = max(hidden_size, heads_size, inner, group * TILE.value)  # the last: attention
         tile = ROWS * block_k
         # Beyond a third of a layer, more weights ahead of their use only delay all other reading.
         layer_tiles = sum(w.numel() for w in first[:4]) // (tile * self._num_programs)
@@ -136,9 +161,9 @@ class DecodeLayers:
         rope_table: torch.Tensor,  # [max_model_len, head_dim] float32
     ) -> torch.Tensor:
         """The hidden state after all layers; the token's keys and values are in the cache."""
-        from octavo.kernels.decode_layers_hopper import decode_layers_kernel
-
-        decode_layers_kernel[(self._num_programs,)](
+        kernels = _load()
+        assert kernels is not None
+        kernels.decode_layers_kernel[(self._num_programs,)](
             x,
             self._weight,
             self._table,
@@ -169,6 +194,7 @@ def _is_within_reach(first: torch.Tensor, tensor: torch.Tensor) -> bool:
         tensor.dtype == first.dtype
         and tensor.is_contiguous()
         and (tensor.data_ptr() - first.data_ptr()) % (UNIT * first.itemsize) == 0
+        and abs(_distance(first, tensor)) < 1 << 31
     )
 
 

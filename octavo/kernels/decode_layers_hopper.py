@@ -21,13 +21,34 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from octavo.kernels.activation_triton import activate
 from octavo.kernels.decode_attention_hopper import (
+    TILE,
     attend,
     find_keys,
     load_keys,
     stage_attended,
+    view,
 )
+from octavo.kernels.decode_layers import LayerTensors
 
+# Two names of Gluon's, which is not yet settled, from before and after.
 _barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+_copy_tile = (
+    async_copy.async_load
+    if hasattr(async_copy, "async_load")
+    else async_copy.async_copy_global_to_shared
+)
+# Columns of the table of distances.
+_QKV = gl.constexpr(LayerTensors._fields.index("qkv"))
+_OUT = gl.constexpr(LayerTensors._fields.index("out"))
+_GATE_UP = gl.constexpr(LayerTensors._fields.index("gate_up"))
+_DOWN = gl.constexpr(LayerTensors._fields.index("down"))
+_INPUT_NORM = gl.constexpr(LayerTensors._fields.index("input_norm"))
+_POST_NORM = gl.constexpr(LayerTensors._fields.index("post_norm"))
+_QUERY_NORM = gl.constexpr(LayerTensors._fields.index("query_norm"))
+_KEY_NORM = gl.constexpr(LayerTensors._fields.index("key_norm"))
+_QKV_BIAS = gl.constexpr(LayerTensors._fields.index("qkv_bias"))
+_KEYS = gl.constexpr(LayerTensors._fields.index("keys"))
+_VALUES = gl.constexpr(LayerTensors._fields.index("values"))
 
 
 @gluon.jit
@@ -93,8 +114,8 @@ def _copy_tiles(
     NUM_ROWS: gl.constexpr, SIZE: gl.constexpr, APART: gl.constexpr,
     ROWS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """This program's tiles of one weight, each as soon as its place in the ring is free. The second
-    half of a tile's rows is APART rows from where it would be.
+    """This program's tiles of one weight, each as soon as its place in the ring is free. Unless
+    APART is 0, the second half of a tile's rows begins so many rows after the first half.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [1, 1], [1, 0])
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
@@ -108,7 +129,7 @@ def _copy_tiles(
             slot = tile % STAGES
             mbarrier.wait(free.index(slot), (tile // STAGES & 1) ^ 1)
             offset = block.to(gl.int64) * (STEP * SIZE) + step * BLOCK_K
-            async_copy.async_copy_global_to_shared(ring.index(slot), pointers + offset)
+            _copy_tile(ring.index(slot), pointers + offset)
             async_copy.mbarrier_arrive(ready.index(slot), increment_count=False)
             tile += 1
     return tile
@@ -125,10 +146,10 @@ def _copy(
     tile = 0
     for layer in range(num_layers):
         offsets_ptr = table_ptr + layer * COLUMNS
-        qkv_ptr = _pointer(weight_ptr, offsets_ptr, 0, UNIT)
-        out_ptr = _pointer(weight_ptr, offsets_ptr, 1, UNIT)
-        gate_up_ptr = _pointer(weight_ptr, offsets_ptr, 2, UNIT)
-        down_ptr = _pointer(weight_ptr, offsets_ptr, 3, UNIT)
+        qkv_ptr = _pointer(weight_ptr, offsets_ptr, _QKV, UNIT)
+        out_ptr = _pointer(weight_ptr, offsets_ptr, _OUT, UNIT)
+        gate_up_ptr = _pointer(weight_ptr, offsets_ptr, _GATE_UP, UNIT)
+        down_ptr = _pointer(weight_ptr, offsets_ptr, _DOWN, UNIT)
         tile = _copy_tiles(
             tile, qkv_ptr, ring, ready, free, QKV, HIDDEN, 0, ROWS, BLOCK_K, STAGES
         )  # fmt: skip
@@ -252,14 +273,13 @@ def _compute(
     """All but the weights' copies."""
     HEADS: gl.constexpr = GROUP * KV_HEADS * DIM
     QKV: gl.constexpr = HEADS + 2 * KV_HEADS * DIM
-    LANES: gl.constexpr = 2048 // DIM
+    LANES: gl.constexpr = TILE // DIM
     layout: gl.constexpr = gl.BlockedLayout(
         [KEYS, 1, 8], [1, 256 // DIM, DIM // 8], [1, 8, 1], [2, 1, 0]
     )
     heads_layout: gl.constexpr = gl.BlockedLayout([1, DIM // 32], [1, 32], [8, 1], [1, 0])
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     dtype: gl.constexpr = x_ptr.dtype.element_ty
-    lane_sums = vector._reinterpret(gl.float32, [GROUP, LANES, DIM], flat)
+    lane_sums = view(vector, [GROUP, LANES, DIM])
     program = gl.program_id(0)
     num_programs = gl.num_programs(0)
     mid_ptr = between_ptr
@@ -267,7 +287,7 @@ def _compute(
     gated_ptr = qkv_ptr + QKV
 
     # The part of the context that falls to this program, if any.
-    seq_len = gl.load(seq_len_ptr)
+    seq_len = gl.maximum(gl.load(seq_len_ptr), 1)  # 0 is padding
     STEP: gl.constexpr = KEYS * LANES
     split_len = (seq_len + MAX_SPLITS * STEP - 1) // (MAX_SPLITS * STEP) * STEP
     num_splits = (seq_len + split_len - 1) // split_len
@@ -298,18 +318,20 @@ def _compute(
 
     tile = 0
     target = num_programs
-    norm = _load_rows(_pointer(weight_ptr, table_ptr, 4, UNIT), HIDDEN // BLOCK_K, BLOCK_K, "")
+    norm = _load_rows(
+        _pointer(weight_ptr, table_ptr, _INPUT_NORM, UNIT), HIDDEN // BLOCK_K, BLOCK_K, ""
+    )
     for layer in range(num_layers):
         # Looked up early: what the programs write makes each processor forget what it has read.
         offsets_ptr = table_ptr + layer * COLUMNS
-        post_norm_ptr = _pointer(weight_ptr, offsets_ptr, 5, UNIT)
-        q_norm_ptr = _pointer(weight_ptr, offsets_ptr, 6, UNIT)
-        k_norm_ptr = _pointer(weight_ptr, offsets_ptr, 7, UNIT)
-        bias_ptr = _pointer(weight_ptr, offsets_ptr, 8, UNIT)
-        k_ptr = _pointer(weight_ptr, offsets_ptr, 9, UNIT) + head * DIM
-        v_ptr = _pointer(weight_ptr, offsets_ptr, 10, UNIT) + head * DIM
+        post_norm_ptr = _pointer(weight_ptr, offsets_ptr, _POST_NORM, UNIT)
+        q_norm_ptr = _pointer(weight_ptr, offsets_ptr, _QUERY_NORM, UNIT)
+        k_norm_ptr = _pointer(weight_ptr, offsets_ptr, _KEY_NORM, UNIT)
+        bias_ptr = _pointer(weight_ptr, offsets_ptr, _QKV_BIAS, UNIT)
+        k_ptr = _pointer(weight_ptr, offsets_ptr, _KEYS, UNIT) + head * DIM
+        v_ptr = _pointer(weight_ptr, offsets_ptr, _VALUES, UNIT) + head * DIM
         next_ptr = gl.where(layer + 1 < num_layers, offsets_ptr + COLUMNS, offsets_ptr)
-        next_norm_ptr = _pointer(weight_ptr, next_ptr, 4, UNIT)
+        next_norm_ptr = _pointer(weight_ptr, next_ptr, _INPUT_NORM, UNIT)
         factor = _stage_normed(vector, x_ptr, norm, eps, HIDDEN, BLOCK_K)
         tile = _multiply(
             tile, vector, ring, ready, free, factor, bias_ptr, x_ptr, qkv_ptr,
@@ -412,7 +434,7 @@ def decode_layers_kernel(
 ):
     HEADS: gl.constexpr = GROUP * KV_HEADS * DIM
     QKV: gl.constexpr = HEADS + 2 * KV_HEADS * DIM
-    LANES: gl.constexpr = 2048 // DIM
+    LANES: gl.constexpr = TILE // DIM
     dtype: gl.constexpr = x_ptr.dtype.element_ty
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     flat1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -427,6 +449,8 @@ def decode_layers_kernel(
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
+        # Each thread of the copying warp arrives when its copies have; the warps that multiply have
+        # all read a tile before one arrives for them.
         mbarrier.init(ready.index(stage), count=32)
         mbarrier.init(free.index(stage), count=1)
     fence_async_shared()

@@ -69,8 +69,9 @@ class DecoderLayer(nn.Module):
         """
         attn, mlp = self.self_attn, self.mlp
         spec = attn.attention.spec
-        if type(self) is not DecoderLayer or not isinstance(mlp, GatedMLP):
+        if (type(self), type(attn), type(mlp)) != (DecoderLayer, SelfAttention, GatedMLP):
             return None
+        assert isinstance(mlp, GatedMLP)
         products = attn.qkv_proj, attn.o_proj, mlp.gate_up_proj, mlp.down_proj
         norms = self.input_layernorm, self.post_attention_layernorm
         head_norms = attn.head_norms()

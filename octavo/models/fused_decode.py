@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 class FusedDecode:
     """Finds out at the first step of one token whether there is a kernel for these layers, and
-    again when the cache is another one.
+    again when the cache is another one: weights stay where they are, and no graph outlives the
+    cache it was captured with.
     """
 
     def __init__(self, layers: Sequence[DecoderLayer]) -> None:
@@ -33,7 +34,8 @@ class FusedDecode:
         it, one by one.
         """
         batch = context.batch
-        if len(x) != 1 or len(batch.query_lens) != 1 or not context.backend.gives_up_decodes:
+        is_one = len(x) == 1 and len(batch.query_lens) == 1 and context.last_batch is None
+        if not is_one or not context.backend.gives_up_decodes:
             return None
         cache = [tensor.data_ptr() for layer in context.kv for tensor in (layer.k, layer.v)]
         if cache != self._cache:
@@ -52,14 +54,18 @@ class FusedDecode:
             if tensors is None:
                 return None
             layers.append(tensors)
-        head_dim = first.self_attn.attention.spec.head_dim
-        if any(rope is not ropes[0] for rope in ropes) or ropes[0].table.shape[1] != head_dim:
+        spec = first.self_attn.attention.spec
+        if any(rope is not ropes[0] for rope in ropes) or ropes[0].table.shape[1] != spec.head_dim:
             return None
-        if not takes(layers):
+        constants = {
+            (layer.mlp.activation, layer.input_layernorm.eps, layer.self_attn.attention.spec)
+            for layer in self._layers
+        }
+        if len(constants) > 1 or not takes(layers):
             return None
         return DecodeLayers(
             layers,
             activation=first.mlp.activation,
             eps=first.input_layernorm.eps,
-            scale=first.self_attn.attention.spec.scale,
+            scale=spec.scale,
         )

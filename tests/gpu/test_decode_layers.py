@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.small_engines import QWEN3, requests
+from support.small_engines import FAMILIES, QWEN3, requests, run, write_model
 
 from octavo.attention import get_backend
 from octavo.attention.base import AttentionBatch, KVLayer
 from octavo.attention.context import ForwardContext
-from octavo.checkpoint import locate
-from octavo.config import EngineArgs
-from octavo.engine.build import build_core
 from octavo.kernels import launch
+from octavo.kernels.decode_layers import DecodeLayers
 from octavo.models import create_model
 from octavo.models.decoder import DecoderLM
+from octavo.models.fused_decode import FusedDecode
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,7 +26,7 @@ pytestmark = [
     ),
 ]
 
-BLOCK_SIZE, NUM_BLOCKS, MAX_LEN = 16, 200, 3072
+BLOCK_SIZE, NUM_BLOCKS, MAX_LEN = 32, 100, 3072
 LENS = (1, 2, 63, 64, 65, 66, 600, 1024, 1025, 1026, 3000)
 
 
@@ -55,7 +53,9 @@ SHAPES = {
     "qwen2-7b": _config(3584, 18944, 28, 4, 128, num_hidden_layers=2, **QWEN2),  # biases
     "head for head": _config(512, 1280, 8, 8, 64, hidden_act="gelu_pytorch_tanh", **LLAMA),
     "eight to one": _config(768, 2304, 16, 2, 64),
-    "few heads": _config(256, 512, 4, 1, 128),
+    "few heads": _config(256, 512, 4, 1, 128, hidden_act="gelu"),
+    "many heads": _config(2048, 24576, 32, 32, 64, num_hidden_layers=2, **LLAMA),
+    "qwen2.5-3b": _config(2048, 11264, 16, 2, 128, num_hidden_layers=2, **QWEN2),
 }
 
 
@@ -146,7 +146,9 @@ def test_a_graph_follows_its_inputs() -> None:
     for parameter in model.parameters():
         parameter.normal_(0, 0.05)
     cache = tuple(
-        KVLayer(*(torch.randn(NUM_BLOCKS, BLOCK_SIZE, 8, 128, device=device).bfloat16(),) * 2)
+        KVLayer(
+            *(torch.randn(NUM_BLOCKS, BLOCK_SIZE, 8, 128, device=device).bfloat16() for _ in "kv")
+        )
         for _ in model.attention_specs
     )
     tables = torch.randperm(NUM_BLOCKS - 1, device=device)[None].to(torch.int32) + 1
@@ -154,6 +156,7 @@ def test_a_graph_follows_its_inputs() -> None:
     token, position = torch.tensor([3], device=device), torch.tensor([0], device=device)
     context = ForwardContext(static, cache, backend)
     model(token, position, context)
+    assert model.fused_decode._kernel is not None
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -168,17 +171,42 @@ def test_a_graph_follows_its_inputs() -> None:
         assert torch.equal(result, expected)
 
 
-@pytest.mark.parametrize(("dtype", "is_fused"), [("bfloat16", True), ("float32", False)])
-def test_an_engine_decodes_a_lone_request_so(tmp_path: Path, dtype: str, is_fused: bool) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3))
-    args = EngineArgs.from_options(
-        model=str(tmp_path), load_format="dummy", dtype=dtype, kv_cache_memory_bytes=1 << 26
-    )
-    core = build_core(args, locate(str(tmp_path), load_format="dummy"))
-    model = core._runner._model
-    core.add(requests(1, seed=3, plain=True)[0])
-    while core.has_work:
-        core.step()
-    assert isinstance(model, DecoderLM)
-    assert (model.fused_decode._kernel is not None) == is_fused
-    core.close()
+@pytest.mark.parametrize(
+    ("dtype", "options", "is_fused"),
+    [
+        ("bfloat16", {}, True),
+        ("float16", {"enforce_eager": True}, True),
+        ("bfloat16", {"attention_backend": "torch"}, False),
+        ("float32", {}, False),
+        ("bfloat16", {"model": FAMILIES["mistral"]}, False),  # a window
+    ],
+    ids=["graph", "eager", "torch", "float32", "window"],
+)
+def test_an_engine_decodes_a_lone_request_so(
+    tmp_path: Path,
+    dtype: str,
+    options: dict[str, Any],
+    is_fused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And chooses, almost everywhere, the tokens that it chooses layer by layer."""
+    options = dict(options)
+    folder = write_model(tmp_path / "model", QWEN3 | options.pop("model", {}))
+    options |= {"dtype": dtype, "load_format": "auto", "max_num_seqs": 1}
+    work = requests(8, seed=3, plain=True)
+    runs = []
+    original = DecodeLayers.run
+
+    def noting(self: DecodeLayers, *args: torch.Tensor) -> torch.Tensor:
+        runs.append(torch.cuda.is_current_stream_capturing())
+        return original(self, *args)
+
+    monkeypatch.setattr(DecodeLayers, "run", noting)
+    tokens = run(folder, work, **options)
+    assert any(runs) == (is_fused and "enforce_eager" not in options)
+    assert bool(runs) == is_fused
+    monkeypatch.setattr(FusedDecode, "run", lambda *_: None)
+    plain = run(folder, work, **options)
+    pairs = [(a, b) for i in tokens for a, b in zip(tokens[i], plain[i], strict=False)]
+    assert len(pairs) > 100
+    assert sum(a == b for a, b in pairs) / len(pairs) > 0.8

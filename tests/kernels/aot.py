@@ -219,22 +219,31 @@ def layers() -> None:
 
     if target_name != "sm_90":  # elsewhere it is not launched
         return
+    memory = torch.empty(1 << 21, dtype=torch.uint8)
     for dtype, group, kv_heads, head_dim, size, inner, has_bias in (
         (torch.bfloat16, 4, 8, 128, 4096, 12288, False),
         (torch.bfloat16, 2, 8, 128, 1024, 3072, False),
         (torch.float16, 7, 4, 128, 3584, 18944, True),
         (torch.bfloat16, 4, 8, 64, 2048, 8192, False),
+        (torch.bfloat16, 8, 2, 128, 2048, 11264, True),
+        (torch.bfloat16, 1, 32, 128, 4096, 24576, False),
     ):
         heads, qkv = group * kv_heads * head_dim, (group + 2) * kv_heads * head_dim
-        cache = torch.empty(4, 16, kv_heads, head_dim, dtype=dtype)
-        norm = torch.empty(head_dim, dtype=dtype) if size != 2048 and not has_bias else None
+        base = memory.view(dtype)  # distances between tensors are counted
+
+        def tensor(*shape: int, base: torch.Tensor = base) -> torch.Tensor:
+            return base[:1].expand(shape)
+
+        cache = base[: 4 * 16 * kv_heads * head_dim].view(4, 16, kv_heads, head_dim)
+        norm = tensor(head_dim) if size != 2048 and not has_bias else None
         weights = ((qkv, size), (size, heads), (2 * inner, size), (size, inner), (size,), (size,))
-        tensors = [torch.empty(1, dtype=dtype).expand(shape) for shape in weights]
-        bias = torch.empty(qkv, dtype=dtype) if has_bias else None
+        tensors = [tensor(*shape) for shape in weights]
+        bias = tensor(qkv) if has_bias else None
         layer = LayerTensors(*tensors, norm, norm, bias, cache, cache)
-        stack = DecodeLayers([layer], activation="silu", eps=1e-6, scale=0.1)
-        lens = torch.zeros(1, dtype=torch.int32)
-        stack.run(tensors[4], lens, lens, lens.long(), torch.empty(64, head_dim))
+        for activation in ("silu", "gelu") if size == 1024 else ("silu",):
+            stack = DecodeLayers([layer], activation=activation, eps=1e-6, scale=0.1)
+            lens = torch.zeros(1, dtype=torch.int32)
+            stack.run(tensors[4], lens, lens, lens.long(), torch.empty(64, head_dim))
 
 
 CASES: dict[str, Callable[[], None]] = {
