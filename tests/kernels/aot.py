@@ -223,9 +223,8 @@ def layers() -> None:
     for dtype, group, kv_heads, head_dim, size, inner, has_bias in (
         (torch.bfloat16, 4, 8, 128, 4096, 12288, False),
         (torch.bfloat16, 2, 8, 128, 1024, 3072, False),
-        (torch.float16, 7, 4, 128, 3584, 18944, True),
+        (torch.float16, 5, 8, 128, 5120, 13824, True),
         (torch.bfloat16, 4, 8, 64, 2048, 8192, False),
-        (torch.bfloat16, 8, 2, 128, 2048, 11264, True),
         (torch.bfloat16, 1, 32, 128, 4096, 24576, False),
     ):
         heads, qkv = group * kv_heads * head_dim, (group + 2) * kv_heads * head_dim
