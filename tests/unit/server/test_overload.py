@@ -32,7 +32,9 @@ def full(start_server):
     replies: list[httpx.Response] = []
     thread = threading.Thread(target=lambda: replies.extend(asyncio.run(occupy())))
     thread.start()
-    server.wait_for(lambda: server.state.admission.num_waiting == 1 and server.engine.num_running)
+    # The first also counts as waiting until the engine has spoken of it.
+    server.wait_for(lambda: server.engine.num_live == 2 and server.engine.num_running == 1)
+    server.wait_for(lambda: server.state.admission.num_waiting == 1)
     yield server
     server.engine.hang = False
     thread.join(20)
