@@ -13,7 +13,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-KEYS = 4  # per lane in a step
+KEYS = gl.constexpr(4)  # per lane in a step
 # A lane is the threads that share a key, eight numbers of its head each; so many of 256 threads
 # times their numbers are a lane's head.
 TILE = gl.constexpr(256 * 8)
@@ -32,7 +32,7 @@ def view(shared, shape: gl.constexpr):
 
 
 @gluon.jit
-def _positions(first, layout: gl.constexpr, KEYS: gl.constexpr, LANES: gl.constexpr):
+def _positions(first, layout: gl.constexpr, LANES: gl.constexpr):
     """[KEYS, LANES]"""
     rows: gl.constexpr = gl.SliceLayout(2, layout)
     keys = gl.arange(0, KEYS, gl.SliceLayout(1, rows))
@@ -42,23 +42,23 @@ def _positions(first, layout: gl.constexpr, KEYS: gl.constexpr, LANES: gl.conste
 @gluon.jit
 def find_keys(
     block_table_ptr, first, stop, block_stride, slot_stride, BLOCK_SIZE: gl.constexpr,
-    layout: gl.constexpr, KEYS: gl.constexpr, LANES: gl.constexpr,
+    layout: gl.constexpr, LANES: gl.constexpr,
 ):  # fmt: skip
     """[KEYS, LANES]: where positions from `first` on lie in a layer's cache."""
-    positions = _positions(first, layout, KEYS, LANES)
+    positions = _positions(first, layout, LANES)
     blocks = gl.load(block_table_ptr + positions // BLOCK_SIZE, mask=positions < stop, other=0)
     return blocks.to(gl.int64) * block_stride + positions % BLOCK_SIZE * slot_stride
 
 
 @gluon.jit
 def load_keys(
-    k_ptr, v_ptr, offsets, first, stop, layout: gl.constexpr, KEYS: gl.constexpr,
-    LANES: gl.constexpr, DIM: gl.constexpr,
+    k_ptr, v_ptr, offsets, first, stop, layout: gl.constexpr, LANES: gl.constexpr,
+    DIM: gl.constexpr,
 ):  # fmt: skip
     """[KEYS, LANES, DIM] of a head's keys, and of its values."""
     dims = gl.arange(0, DIM, gl.SliceLayout(0, gl.SliceLayout(0, layout)))
     where = gl.multiple_of(offsets, (16, 16))[:, :, None] + dims[None, :][None, :, :]
-    exists = (_positions(first, layout, KEYS, LANES) < stop)[:, :, None]
+    exists = (_positions(first, layout, LANES) < stop)[:, :, None]
     return (
         gl.load(k_ptr + where, mask=exists, other=0.0),
         gl.load(v_ptr + where, mask=exists, other=0.0),
@@ -122,7 +122,6 @@ def attend(
     DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     HAS_NORM: gl.constexpr,
-    KEYS: gl.constexpr,
     layout: gl.constexpr,  # of keys
     heads_layout: gl.constexpr,  # of heads, one for each warp
 ):
@@ -172,13 +171,13 @@ def attend(
         )
     for first in range(start, stop, KEYS * LANES):
         next_keys, next_values = load_keys(
-            k_ptr, v_ptr, offsets, first + KEYS * LANES, stop, layout, KEYS, LANES, DIM
+            k_ptr, v_ptr, offsets, first + KEYS * LANES, stop, layout, LANES, DIM
         )
         offsets = find_keys(
             block_table_ptr, first + 2 * KEYS * LANES, stop, block_stride, slot_stride, BLOCK_SIZE,
-            layout, KEYS, LANES,
+            layout, LANES,
         )  # fmt: skip
-        exists = _positions(first, layout, KEYS, LANES) < stop
+        exists = _positions(first, layout, LANES) < stop
         new_sums = ()
         for member in gl.static_range(GROUP):
             new_sums += _attend_keys(

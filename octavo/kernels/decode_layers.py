@@ -9,7 +9,6 @@ The twin is the layers one by one (`models.decoder`), which also do what the ker
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -17,9 +16,6 @@ from typing import NamedTuple
 import torch
 
 from octavo.kernels import launch
-from octavo.log import get_logger
-
-logger = get_logger(__name__)
 
 ROWS = 8  # of a weight in a tile, one for each warp
 # With eight query heads to a KV head, and two of the latter, the separate kernels' matrix units and
@@ -74,15 +70,8 @@ def takes(layers: Sequence[LayerTensors]) -> bool:
     )
 
 
-@functools.cache
 def _load() -> ModuleType | None:
-    """None where this Triton's Gluon, which is not yet settled, has other names than are used."""
-    try:
-        from octavo.kernels import decode_layers_hopper
-    except (ImportError, AttributeError) as error:
-        logger.warning("lone requests decode more slowly than they could: %s", error)
-        return None
-    return decode_layers_hopper
+    return launch.load_gluon("decode_layers_hopper", "lone requests decode")
 
 
 def _shapes(layer: LayerTensors) -> list[tuple[int, ...] | None]:
@@ -95,8 +84,10 @@ class DecodeLayers:
     def __init__(
         self, layers: Sequence[LayerTensors], *, activation: str, eps: float, scale: float
     ) -> None:
+        from triton import next_power_of_2
+
         from octavo.kernels.activation_triton import KINDS
-        from octavo.kernels.decode_attention_hopper import KEYS, TILE
+        from octavo.kernels.decode_attention_hopper import TILE
 
         first = layers[0]
         self._weight = first.qkv
@@ -112,7 +103,8 @@ class DecodeLayers:
         num_heads = heads_size // head_dim
         group = num_heads // num_kv_heads
         self._num_programs = launch.num_processors(device)
-        max_splits = min(_power_up_to(self._num_programs // num_kv_heads), MAX_SPLITS)
+        most_splits = self._num_programs // num_kv_heads
+        max_splits = min(next_power_of_2(most_splits + 1) // 2, MAX_SPLITS)
         between = torch.empty(hidden_size + qkv_size + inner, dtype=first.qkv.dtype, device=device)
         parts, weights = (
             torch.empty(max_splits * size, dtype=torch.float32, device=device)
@@ -144,15 +136,11 @@ class DecodeLayers:
             "HAS_BIAS": first.qkv_bias is not None,
             "HAS_HEAD_NORMS": first.query_norm is not None,
             "ACTIVATION": KINDS[activation],
-            "ROWS": ROWS,
             "BLOCK_K": block_k,
             "VECTOR": widest,
             "STAGES": stages,
-            "COLUMNS": COLUMNS,
-            "UNIT": UNIT,
-            "KEYS": KEYS,
-            "PADDED": max(_power_from(num_heads), block_k // head_dim),
-            "TASK_HEADS": _power_from(group + 1),
+            "PADDED": max(next_power_of_2(num_heads), block_k // head_dim),
+            "TASK_HEADS": next_power_of_2(group + 1),
         }
 
     def run(
@@ -204,13 +192,3 @@ def _is_within_reach(first: torch.Tensor, tensor: torch.Tensor) -> bool:
 def _distance(first: torch.Tensor, tensor: torch.Tensor) -> int:
     """In UNITs."""
     return (tensor.data_ptr() - first.data_ptr()) // (UNIT * first.itemsize)
-
-
-def _power_from(number: int) -> int:
-    """The smallest power of two that is not less."""
-    return 1 << (number - 1).bit_length()
-
-
-def _power_up_to(number: int) -> int:
-    """The largest power of two that is not more."""
-    return 1 << (number.bit_length() - 1)

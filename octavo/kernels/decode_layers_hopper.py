@@ -19,8 +19,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from octavo.kernels import decode_layers
 from octavo.kernels.activation_triton import activate
 from octavo.kernels.decode_attention_hopper import (
+    KEYS,
     TILE,
     attend,
     find_keys,
@@ -28,7 +30,6 @@ from octavo.kernels.decode_attention_hopper import (
     stage_attended,
     view,
 )
-from octavo.kernels.decode_layers import LayerTensors
 
 # Two names of Gluon's, which is not yet settled, from before and after.
 _barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
@@ -37,18 +38,21 @@ _copy_tile = (
     if hasattr(async_copy, "async_load")
     else async_copy.async_copy_global_to_shared
 )
-# Columns of the table of distances.
-_QKV = gl.constexpr(LayerTensors._fields.index("qkv"))
-_OUT = gl.constexpr(LayerTensors._fields.index("out"))
-_GATE_UP = gl.constexpr(LayerTensors._fields.index("gate_up"))
-_DOWN = gl.constexpr(LayerTensors._fields.index("down"))
-_INPUT_NORM = gl.constexpr(LayerTensors._fields.index("input_norm"))
-_POST_NORM = gl.constexpr(LayerTensors._fields.index("post_norm"))
-_QUERY_NORM = gl.constexpr(LayerTensors._fields.index("query_norm"))
-_KEY_NORM = gl.constexpr(LayerTensors._fields.index("key_norm"))
-_QKV_BIAS = gl.constexpr(LayerTensors._fields.index("qkv_bias"))
-_KEYS = gl.constexpr(LayerTensors._fields.index("keys"))
-_VALUES = gl.constexpr(LayerTensors._fields.index("values"))
+ROWS = gl.constexpr(decode_layers.ROWS)
+UNIT = gl.constexpr(decode_layers.UNIT)
+COLUMNS = gl.constexpr(decode_layers.COLUMNS)  # of the table of distances
+_FIELDS = decode_layers.LayerTensors._fields
+_QKV = gl.constexpr(_FIELDS.index("qkv"))
+_OUT = gl.constexpr(_FIELDS.index("out"))
+_GATE_UP = gl.constexpr(_FIELDS.index("gate_up"))
+_DOWN = gl.constexpr(_FIELDS.index("down"))
+_INPUT_NORM = gl.constexpr(_FIELDS.index("input_norm"))
+_POST_NORM = gl.constexpr(_FIELDS.index("post_norm"))
+_QUERY_NORM = gl.constexpr(_FIELDS.index("query_norm"))
+_KEY_NORM = gl.constexpr(_FIELDS.index("key_norm"))
+_QKV_BIAS = gl.constexpr(_FIELDS.index("qkv_bias"))
+_KEYS = gl.constexpr(_FIELDS.index("keys"))
+_VALUES = gl.constexpr(_FIELDS.index("values"))
 
 
 @gluon.jit
@@ -103,7 +107,7 @@ def _wait_for(counter_ptr, target):
 
 
 @gluon.jit
-def _pointer(base_ptr, offsets_ptr, column: gl.constexpr, UNIT: gl.constexpr):
+def _pointer(base_ptr, offsets_ptr, column: gl.constexpr):
     """Of a layer's tensor."""
     return base_ptr + gl.load(offsets_ptr + column).to(gl.int64) * UNIT
 
@@ -112,7 +116,7 @@ def _pointer(base_ptr, offsets_ptr, column: gl.constexpr, UNIT: gl.constexpr):
 def _copy_tiles(
     tile, start_ptr, ring, ready, free,
     NUM_ROWS: gl.constexpr, SIZE: gl.constexpr, APART: gl.constexpr,
-    ROWS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """This program's tiles of one weight, each as soon as its place in the ring is free. Unless
     APART is 0, the second half of a tile's rows begins so many rows after the first half.
@@ -139,28 +143,27 @@ def _copy_tiles(
 def _copy(
     weight_ptr, table_ptr, num_layers, ring, ready, free,
     HIDDEN: gl.constexpr, HEADS: gl.constexpr, QKV: gl.constexpr, INNER: gl.constexpr,
-    ROWS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, COLUMNS: gl.constexpr,
-    UNIT: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """All weights of this program, layer by layer, through the ring."""
     tile = 0
     for layer in range(num_layers):
         offsets_ptr = table_ptr + layer * COLUMNS
-        qkv_ptr = _pointer(weight_ptr, offsets_ptr, _QKV, UNIT)
-        out_ptr = _pointer(weight_ptr, offsets_ptr, _OUT, UNIT)
-        gate_up_ptr = _pointer(weight_ptr, offsets_ptr, _GATE_UP, UNIT)
-        down_ptr = _pointer(weight_ptr, offsets_ptr, _DOWN, UNIT)
+        qkv_ptr = _pointer(weight_ptr, offsets_ptr, _QKV)
+        out_ptr = _pointer(weight_ptr, offsets_ptr, _OUT)
+        gate_up_ptr = _pointer(weight_ptr, offsets_ptr, _GATE_UP)
+        down_ptr = _pointer(weight_ptr, offsets_ptr, _DOWN)
         tile = _copy_tiles(
-            tile, qkv_ptr, ring, ready, free, QKV, HIDDEN, 0, ROWS, BLOCK_K, STAGES
+            tile, qkv_ptr, ring, ready, free, QKV, HIDDEN, 0, BLOCK_K, STAGES
         )  # fmt: skip
         tile = _copy_tiles(
-            tile, out_ptr, ring, ready, free, HIDDEN, HEADS, 0, ROWS, BLOCK_K, STAGES
+            tile, out_ptr, ring, ready, free, HIDDEN, HEADS, 0, BLOCK_K, STAGES
         )  # fmt: skip
         tile = _copy_tiles(
-            tile, gate_up_ptr, ring, ready, free, 2 * INNER, HIDDEN, INNER, ROWS, BLOCK_K, STAGES
+            tile, gate_up_ptr, ring, ready, free, 2 * INNER, HIDDEN, INNER, BLOCK_K, STAGES
         )  # fmt: skip
         tile = _copy_tiles(
-            tile, down_ptr, ring, ready, free, HIDDEN, INNER, 0, ROWS, BLOCK_K, STAGES
+            tile, down_ptr, ring, ready, free, HIDDEN, INNER, 0, BLOCK_K, STAGES
         )  # fmt: skip
 
 
@@ -214,7 +217,7 @@ def _take_tile(tile, ring, ready, free, layout: gl.constexpr, STAGES: gl.constex
 def _multiply(
     tile, vector, ring, ready, free, scale, bias_ptr, residual_ptr, out_ptr,
     NUM_ROWS: gl.constexpr, SIZE: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
-    ACTIVATION: gl.constexpr, ROWS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    ACTIVATION: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """This program's rows of the product; the number of the next tile. With an activation, a tile
     has rows of the gate and as many of what it gates.
@@ -267,8 +270,8 @@ def _compute(
     HIDDEN: gl.constexpr, INNER: gl.constexpr, GROUP: gl.constexpr, KV_HEADS: gl.constexpr,
     DIM: gl.constexpr, MAX_SPLITS: gl.constexpr, BLOCK_SIZE: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_HEAD_NORMS: gl.constexpr, ACTIVATION: gl.constexpr,
-    ROWS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, COLUMNS: gl.constexpr,
-    UNIT: gl.constexpr, KEYS: gl.constexpr, PADDED: gl.constexpr, TASK_HEADS: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    PADDED: gl.constexpr, TASK_HEADS: gl.constexpr,
 ):  # fmt: skip
     """All but the weights' copies."""
     HEADS: gl.constexpr = GROUP * KV_HEADS * DIM
@@ -302,10 +305,10 @@ def _compute(
     slot_offset = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * slot_stride
 
     first_offsets = find_keys(
-        block_table_ptr, start, stop, block_stride, slot_stride, BLOCK_SIZE, layout, KEYS, LANES
+        block_table_ptr, start, stop, block_stride, slot_stride, BLOCK_SIZE, layout, LANES
     )  # fmt: skip
     second_offsets = find_keys(
-        block_table_ptr, start + STEP, stop, block_stride, slot_stride, BLOCK_SIZE, layout, KEYS,
+        block_table_ptr, start + STEP, stop, block_stride, slot_stride, BLOCK_SIZE, layout,
         LANES,
     )  # fmt: skip
 
@@ -318,29 +321,27 @@ def _compute(
 
     tile = 0
     target = num_programs
-    norm = _load_rows(
-        _pointer(weight_ptr, table_ptr, _INPUT_NORM, UNIT), HIDDEN // BLOCK_K, BLOCK_K, ""
-    )
+    norm = _load_rows(_pointer(weight_ptr, table_ptr, _INPUT_NORM), HIDDEN // BLOCK_K, BLOCK_K, "")
     for layer in range(num_layers):
         # Looked up early: what the programs write makes each processor forget what it has read.
         offsets_ptr = table_ptr + layer * COLUMNS
-        post_norm_ptr = _pointer(weight_ptr, offsets_ptr, _POST_NORM, UNIT)
-        q_norm_ptr = _pointer(weight_ptr, offsets_ptr, _QUERY_NORM, UNIT)
-        k_norm_ptr = _pointer(weight_ptr, offsets_ptr, _KEY_NORM, UNIT)
-        bias_ptr = _pointer(weight_ptr, offsets_ptr, _QKV_BIAS, UNIT)
-        k_ptr = _pointer(weight_ptr, offsets_ptr, _KEYS, UNIT) + head * DIM
-        v_ptr = _pointer(weight_ptr, offsets_ptr, _VALUES, UNIT) + head * DIM
+        post_norm_ptr = _pointer(weight_ptr, offsets_ptr, _POST_NORM)
+        q_norm_ptr = _pointer(weight_ptr, offsets_ptr, _QUERY_NORM)
+        k_norm_ptr = _pointer(weight_ptr, offsets_ptr, _KEY_NORM)
+        bias_ptr = _pointer(weight_ptr, offsets_ptr, _QKV_BIAS)
+        k_ptr = _pointer(weight_ptr, offsets_ptr, _KEYS) + head * DIM
+        v_ptr = _pointer(weight_ptr, offsets_ptr, _VALUES) + head * DIM
         next_ptr = gl.where(layer + 1 < num_layers, offsets_ptr + COLUMNS, offsets_ptr)
-        next_norm_ptr = _pointer(weight_ptr, next_ptr, _INPUT_NORM, UNIT)
+        next_norm_ptr = _pointer(weight_ptr, next_ptr, _INPUT_NORM)
         factor = _stage_normed(vector, x_ptr, norm, eps, HIDDEN, BLOCK_K)
         tile = _multiply(
             tile, vector, ring, ready, free, factor, bias_ptr, x_ptr, qkv_ptr,
-            QKV, HIDDEN, HAS_BIAS, False, -1, ROWS, BLOCK_K, STAGES,
+            QKV, HIDDEN, HAS_BIAS, False, -1, BLOCK_K, STAGES,
         )  # fmt: skip
         _arrive(counters_ptr)
         # What needs nothing of the projection is loaded while the others are waited for.
         keys, values = load_keys(
-            k_ptr, v_ptr, first_offsets, start, stop, layout, KEYS, LANES, DIM
+            k_ptr, v_ptr, first_offsets, start, stop, layout, LANES, DIM
         )  # fmt: skip
         if HAS_HEAD_NORMS:
             head_norms = gl.where(is_query, gl.load(q_norm_ptr + dims), gl.load(k_norm_ptr + dims))
@@ -356,7 +357,7 @@ def _compute(
                 qkv_ptr, k_ptr, v_ptr, parts_ptr, weights_ptr, block_table_ptr, slot_offset, head,
                 split, start, stop, is_last, keys, values, second_offsets, head_norms, other_norms,
                 cos, sin, scale, eps, block_stride, slot_stride, lane_sums, heads_tile, lane_tops,
-                own_scores, GROUP, KV_HEADS, TASK_HEADS, DIM, BLOCK_SIZE, HAS_HEAD_NORMS, KEYS,
+                own_scores, GROUP, KV_HEADS, TASK_HEADS, DIM, BLOCK_SIZE, HAS_HEAD_NORMS,
                 layout, heads_layout,
             )  # fmt: skip
         _arrive(counters_ptr)
@@ -368,21 +369,21 @@ def _compute(
         )  # fmt: skip
         tile = _multiply(
             tile, vector, ring, ready, free, 1.0, weight_ptr, x_ptr, mid_ptr,
-            HIDDEN, HEADS, False, True, -1, ROWS, BLOCK_K, STAGES,
+            HIDDEN, HEADS, False, True, -1, BLOCK_K, STAGES,
         )  # fmt: skip
         _arrive(counters_ptr)
         _wait_for(counters_ptr, target + 2 * num_programs)
         factor = _stage_normed(vector, mid_ptr, norm, eps, HIDDEN, BLOCK_K)
         tile = _multiply(
             tile, vector, ring, ready, free, factor, weight_ptr, x_ptr, gated_ptr,
-            2 * INNER, HIDDEN, False, False, ACTIVATION, ROWS, BLOCK_K, STAGES,
+            2 * INNER, HIDDEN, False, False, ACTIVATION, BLOCK_K, STAGES,
         )  # fmt: skip
         _arrive(counters_ptr)
         _wait_for(counters_ptr, target + 3 * num_programs)
         _stage(vector, gated_ptr, INNER, BLOCK_K)
         tile = _multiply(
             tile, vector, ring, ready, free, 1.0, weight_ptr, mid_ptr, x_ptr,
-            HIDDEN, INNER, False, True, -1, ROWS, BLOCK_K, STAGES,
+            HIDDEN, INNER, False, True, -1, BLOCK_K, STAGES,
         )  # fmt: skip
         _arrive(counters_ptr)
         norm = _load_rows(next_norm_ptr, HIDDEN // BLOCK_K, BLOCK_K, "")
@@ -398,7 +399,7 @@ def _compute(
 def decode_layers_kernel(
     x_ptr,  # [HIDDEN]: the token's hidden state, which becomes that after the last layer
     weight_ptr,  # the first layer's q-k-v weight; `table` has offsets from there
-    table_ptr,  # [num_layers, COLUMNS] int32, in UNITs
+    table_ptr,  # [num_layers, COLUMNS] int32, in UNITs of `decode_layers`
     block_table_ptr,  # [max_blocks] int32
     seq_len_ptr,  # [1] int32, this token included
     slot_ptr,  # [1] int64
@@ -422,13 +423,9 @@ def decode_layers_kernel(
     HAS_BIAS: gl.constexpr,
     HAS_HEAD_NORMS: gl.constexpr,
     ACTIVATION: gl.constexpr,
-    ROWS: gl.constexpr,
     BLOCK_K: gl.constexpr,
     VECTOR: gl.constexpr,
     STAGES: gl.constexpr,
-    COLUMNS: gl.constexpr,
-    UNIT: gl.constexpr,
-    KEYS: gl.constexpr,
     PADDED: gl.constexpr,
     TASK_HEADS: gl.constexpr,
 ):
@@ -462,12 +459,12 @@ def decode_layers_kernel(
                 block_stride, slot_stride, scale, eps, ring, vector, heads_tile, lane_tops,
                 own_scores, shares, ready, free,
                 HIDDEN, INNER, GROUP, KV_HEADS, DIM, MAX_SPLITS, BLOCK_SIZE, HAS_BIAS,
-                HAS_HEAD_NORMS, ACTIVATION, ROWS, BLOCK_K, STAGES, COLUMNS, UNIT, KEYS, PADDED,
+                HAS_HEAD_NORMS, ACTIVATION, BLOCK_K, STAGES, PADDED,
                 TASK_HEADS,
             )),
             (_copy, (
                 weight_ptr, table_ptr, num_layers, ring, ready, free,
-                HIDDEN, HEADS, QKV, INNER, ROWS, BLOCK_K, STAGES, COLUMNS, UNIT,
+                HIDDEN, HEADS, QKV, INNER, BLOCK_K, STAGES,
             )),
         ],
         [1],  # warps of the second

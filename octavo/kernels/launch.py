@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
+
+from octavo.log import get_logger
+
+logger = get_logger(__name__)
 
 # Let a kernel start while the one before it drains: each waits (`gdc_wait`) before it touches
 # anything that an earlier kernel wrote. Hopper and later, CUDA only. `benchmarks/kernels`
@@ -54,6 +60,18 @@ def has_warpgroups(device: torch.device) -> bool:
 def is_amd() -> bool:
     """Whether GPUs are AMD's, which have 64 KiB of shared memory per program, not 227."""
     return torch.version.hip is not None
+
+
+@functools.cache
+def load_gluon(name: str, what: str) -> ModuleType | None:
+    """The kernels in `octavo.kernels.NAME`. None where this Triton's Gluon, which is not yet
+    settled, has other names than they use: then the log says what is slower for it.
+    """
+    try:
+        return importlib.import_module(f"octavo.kernels.{name}")
+    except (ImportError, AttributeError) as error:
+        logger.warning("%s more slowly than they could: %s", what, error)
+        return None
 
 
 @functools.cache

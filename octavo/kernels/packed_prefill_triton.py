@@ -15,7 +15,6 @@ are gathered from the cache first, which pays for long chunks. Those are left to
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
 
 import torch
@@ -25,9 +24,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels import launch
 from octavo.kernels.paged_prefill_triton import find_sequence
-from octavo.log import get_logger
-
-logger = get_logger(__name__)
 
 # Rows (query tokens times heads per KV head) and keys of a tile.
 BLOCK_M = 64
@@ -222,15 +218,8 @@ def _hopper(query: torch.Tensor, num_kv_heads: int) -> ModuleType | None:
     return hopper if hopper and num_heads // num_kv_heads <= hopper.ROWS else None
 
 
-@functools.cache
 def _load_hopper() -> ModuleType | None:
-    """None where this Triton's Gluon, which is not yet settled, has other names than are used."""
-    try:
-        from octavo.kernels import packed_prefill_hopper
-    except (ImportError, AttributeError) as error:
-        logger.warning("long prompts attend more slowly than they could: %s", error)
-        return None
-    return packed_prefill_hopper
+    return launch.load_gluon("packed_prefill_hopper", "long prompts attend")
 
 
 def packed_prefill(

@@ -69,9 +69,10 @@ class DecoderLayer(nn.Module):
         """
         attn, mlp = self.self_attn, self.mlp
         spec = attn.attention.spec
-        if (type(self), type(attn), type(mlp)) != (DecoderLayer, SelfAttention, GatedMLP):
+        if type(self) is not DecoderLayer or type(attn) is not SelfAttention:
             return None
-        assert isinstance(mlp, GatedMLP)
+        if type(mlp) is not GatedMLP:
+            return None
         products = attn.qkv_proj, attn.o_proj, mlp.gate_up_proj, mlp.down_proj
         norms = self.input_layernorm, self.post_attention_layernorm
         head_norms = attn.head_norms()
